@@ -1,0 +1,112 @@
+"""PyTree tools: scans over Equinox modules, ensembles, Polyak averages.
+
+Equinox modules carry leaves that are not arrays (activation functions), which `jax.lax.scan` refuses;
+`filter_scan` splits such trees in two and puts them together again.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Key, PyTree
+
+
+Tree = TypeVar("Tree")
+
+
+def filter_scan(
+    f: Callable[[Tree, Any], tuple[Tree, Any]], init: Tree, xs: PyTree = None, length: int | None = None
+) -> tuple[Tree, PyTree]:
+    """`jax.lax.scan` whose carry may hold leaves that are not arrays.
+
+    **Arguments:** as `jax.lax.scan`. The non-array leaves of the carry must come out as they went in.
+
+    **Returns:** the last carry and the stacked outputs.
+
+    **Raises:** `ValueError` when `f` changes a non-array leaf of the carry.
+    """
+    arrays, static = eqx.partition(init, eqx.is_array)
+
+    def body(arrays, x):
+        carry, y = f(eqx.combine(arrays, static), x)
+        arrays, new_static = eqx.partition(carry, eqx.is_array)
+        if not eqx.tree_equal(static, new_static):
+            raise ValueError("filter_scan: a non-array leaf of the carry changed inside the scan.")
+        return arrays, y
+
+    arrays, ys = jax.lax.scan(body, arrays, xs, length)
+    return eqx.combine(arrays, static), ys
+
+
+def filter_cond(
+    pred: Bool[Array, ""], true_fn: Callable[..., Tree], false_fn: Callable[..., Tree], *operands: Any
+) -> Tree:
+    """`jax.lax.cond` whose operands and results may hold leaves that are not arrays.
+
+    **Raises:** `ValueError` when the branches disagree in a non-array leaf.
+    """
+    arrays, static = eqx.partition(operands, eqx.is_array)
+    statics = []
+
+    def branch(fn):
+        def run(arrays):
+            out_arrays, out_static = eqx.partition(fn(*eqx.combine(arrays, static)), eqx.is_array)
+            statics.append(out_static)
+            return out_arrays
+
+        return run
+
+    out = jax.lax.cond(pred, branch(true_fn), branch(false_fn), arrays)
+    if not eqx.tree_equal(statics[0], statics[-1]):
+        raise ValueError("filter_cond: the branches return different non-array leaves.")
+    return eqx.combine(out, statics[0])
+
+
+@custom_vmap
+def shared(x: Array) -> Array:
+    """The identity, with a promise: `x` is the same along every axis that is mapped over.
+
+    Under `jax.vmap` the result is not batched. So `lax.cond(shared(step) % 2 == 0, ...)` stays a branch when
+    seeds that count their steps together are vmapped, instead of becoming a `select` that runs both sides.
+    """
+    return x
+
+
+@shared.def_vmap
+def _shared_vmap(axis_size, in_batched, x):
+    return (x[0] if in_batched[0] else x), False
+
+
+def ensemble(make: Callable[[Key[Array, ""]], Tree], size: int, *, key: Key[Array, ""]) -> Tree:
+    """`size` independently initialised copies of `make(key)`, stacked along a new leading axis of every array.
+
+    Call the members with `eqx.filter_vmap(lambda member: member(x))(stack)`.
+    """
+    return eqx.filter_vmap(make)(jr.split(key, size))
+
+
+def polyak(target: Tree, online: Tree, tau: float) -> Tree:
+    """The Polyak (exponential moving) average `(1 - tau) target + tau online` of the floating-point leaves.
+
+    Other leaves are taken from `online`. `tau = 1` copies, `tau = 0` keeps.
+    """
+
+    def mix(old, new):
+        return (1 - tau) * old + tau * new if eqx.is_inexact_array(old) else new
+
+    return jax.tree.map(mix, target, online)
+
+
+def tree_copy(tree: Tree) -> Tree:
+    """The same tree with every array copied, so that neither of the two is lost when the other is donated."""
+    return jax.tree.map(lambda x: jnp.array(x, copy=True) if eqx.is_array(x) else x, tree)
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every floating-point leaf is free of NaN and infinity."""
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)
