@@ -1,0 +1,51 @@
+"""What every test runs under: the CPU, no implicit rank promotion, checks of the shapes in signatures."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--no-typecheck",
+        action="store_true",
+        help="do not check the shapes and types in eqgen's signatures while the tests run",
+    )
+
+
+def pytest_configure(config):
+    import jax
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Accelerators multiply in TF32 by default, which would need tolerances wide enough to hide real errors.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    # Compiled functions are kept between runs: the second run of the suite does not compile.
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+    if find_spec("beartype") and not config.getoption("--no-typecheck"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook("eqgen", "beartype.beartype")
+
+
+@pytest.fixture
+def getkey():
+    """A function that returns a fresh PRNG key at every call, the same ones in every run."""
+    import jax.random as jr
+
+    keys = iter(range(2**31))
+    return lambda: jr.fold_in(jr.key(0), next(keys))
+
+
+@pytest.fixture
+def x64():
+    """Double precision for the length of one test; arrays made before it stay single."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,47 @@
+"""Comparisons that the tests share: `from helpers import tree_allclose`."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+
+def _value(x: Any) -> np.ndarray:
+    """The leaf as a NumPy array; a typed PRNG key as its words."""
+    if eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jr.key_data(x)
+    return np.asarray(x)
+
+
+def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Asserts that two PyTrees have the same structure, dtypes and shapes and that every leaf is close.
+
+    `rtol` is relative to `|expected|`, so signs do not matter. Leaves that are not floating-point (or whose
+    tolerances are both 0) must be equal to the last bit. NaN is close to nothing, itself included.
+    """
+    found, expected_def = jax.tree.structure(actual), jax.tree.structure(expected)
+    assert found == expected_def, f"structures differ:\n  {found}\n  {expected_def}"
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected)):
+        where = jax.tree_util.keystr(path) or "the only leaf"
+        if not (eqx.is_array_like(a) and eqx.is_array_like(b)):
+            assert a == b, f"{where}: {a!r} is not {b!r}"
+            continue
+        a, b = _value(a), _value(b)
+        assert a.dtype == b.dtype, f"{where}: dtype {a.dtype} is not {b.dtype}"
+        assert a.shape == b.shape, f"{where}: shape {a.shape} is not {b.shape}"
+        if jnp.issubdtype(b.dtype, jnp.inexact):
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, equal_nan=False, err_msg=where)
+        else:
+            np.testing.assert_array_equal(a, b, err_msg=where)
+
+
+def tree_allclose(actual: Any, expected: Any, *, rtol: float = 1e-5, atol: float = 1e-6) -> bool:
+    """`assert_trees_close` as a yes or no."""
+    try:
+        assert_trees_close(actual, expected, rtol=rtol, atol=atol)
+    except AssertionError:
+        return False
+    return True
