@@ -24,7 +24,7 @@ def pytest_configure(config):
     # Accelerators multiply in TF32 by default, which would need tolerances wide enough to hide real errors.
     jax.config.update("jax_default_matmul_precision", "highest")
     # Compiled functions are kept between runs: the second run of the suite does not compile.
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_compilation_cache_dir", str(config.rootpath / ".pytest_cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
     if find_spec("beartype") and not config.getoption("--no-typecheck"):

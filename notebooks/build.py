@@ -1,0 +1,48 @@
+"""Executes the sources in `notebooks/src`, writes the notebooks here: `python notebooks/build.py [01 ...]`.
+
+What is written depends on nothing but the source and its outputs: no time stamps, no random cell ids, no
+interpreter version, so that a rebuild which changes nothing gives no diff.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+
+HERE = Path(__file__).resolve().parent
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
+
+def build(source: Path) -> Path:
+    """Executes one source; a cell that raises stops it and leaves the committed notebook as it was."""
+    notebook = jupytext.read(source)
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number:02d}"
+        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
+    resources = {"metadata": {"path": str(HERE)}}
+    NotebookClient(notebook, timeout=900, record_timing=False, resources=resources).execute()
+    notebook.metadata.language_info.pop("version", None)
+
+    target = HERE / f"{source.stem}.ipynb"
+    temporary = target.with_suffix(".tmp")
+    nbformat.write(notebook, temporary)
+    os.replace(temporary, target)
+    return target
+
+
+if __name__ == "__main__":
+    wanted = tuple(sys.argv[1:]) or ("",)
+    sources = [path for path in sorted((HERE / "src").glob("*.py")) if path.name.startswith(wanted)]
+    if not sources:
+        sys.exit(f"No source in notebooks/src begins with {' or '.join(wanted)}.")
+    for source in sources:
+        start = time.perf_counter()
+        target = build(source)
+        seconds, size = time.perf_counter() - start, target.stat().st_size / 1000
+        print(f"{target.name}: {seconds:.0f} s, {size:.0f} KB", flush=True)
