@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
 SOURCES = sorted((FOLDER / "src").glob("*.py"))
 SMOKE = re.compile(r"^(?P<name>\w+) = .*?  # smoke: (?P<value>.+)$", flags=re.MULTILINE)
-# A folder of some machine, as a warning's file name shows it, or an address in memory: different in every run.
+# A folder of some machine, as a file name in a warning shows it, or an address in memory.
 MACHINE = re.compile(r"/home/|/root/|/tmp/|/Users/|/work/|/opt/|/usr/|/var/|site-packages|[A-Z]:\\| at 0x")
 
 each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
