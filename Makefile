@@ -1,0 +1,69 @@
+# Everything a clone needs: Python >= 3.11 and make. Every target sets up .venv first, if it is not there yet.
+#   make test PYTHON=python3.12     another interpreter (run `make clean` first if .venv has a different one)
+
+PYTHON ?= python3
+EXTRAS := notebooks,figures,log,dev
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test slow lint notebooks figures bench lab clean
+
+help:  ## This list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
+	  while IFS='|' read -r target text; do printf '%-18s%s\n' "$$target" "$$text"; done
+
+setup: $(READY)  ## Set up .venv (with uv if it is installed, else with pip; once, 2 GB)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "eqgen needs Python 3.11 or newer, and $(PYTHON) is: $$($(PYTHON) --version 2>&1)"; \
+	  echo "Name one that is: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up $(VENV): a minute or two, once"
+	@if uv --version >/dev/null 2>&1; then \
+	  set -x; test -x $(BIN)/python || uv venv --python "$$(command -v $(PYTHON))" --allow-existing $(VENV); \
+	  uv pip install --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'; \
+	else \
+	  set -x; $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'; \
+	fi
+	@touch $@
+
+demo: $(READY)  ## Train SOM on Pendulum (about five minutes); goes on where an earlier demo stopped
+	@if [ -e $(DEMO)/settings.json ]; then set -x; $(BIN)/eqgen resume $(DEMO); \
+	else set -x; $(BIN)/eqgen train som --env gymnax/Pendulum-v1 --preset cpu --out $(DEMO); fi
+	$(BIN)/eqgen plot $(DEMO)
+	$(BIN)/eqgen render $(DEMO)
+	@echo && ls -l $(DEMO)
+
+test: $(READY)  ## Run the tests
+	$(BIN)/python -m pytest
+
+slow: $(READY)  ## Run the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+notebooks: $(READY)  ## Execute the notebooks again (ONLY=01: those whose name begins so)
+	$(BIN)/python notebooks/build.py $(ONLY)
+
+figures: $(READY)  ## Draw the figures of the papers from the committed results
+	@set -e; for script in paper_figures/*/fig*.py; do \
+	  test -e "$$script" || continue; echo "$$script"; $(BIN)/python "$$script"; done
+
+bench: $(READY)  ## Measure the cost of updates and actions
+	@set -e; for script in benchmarks/*.py; do \
+	  test -e "$$script" || continue; echo "$$script"; $(BIN)/python "$$script"; done
+
+lab: $(READY)  ## Open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+clean:  ## Remove .venv and every cache; keeps runs/
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
