@@ -20,7 +20,7 @@ help:  ## This list
 setup: $(READY)  ## Set up .venv (with uv if it is installed, else with pip; once, 2 GB)
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "eqgen needs Python 3.11 or newer, and $(PYTHON) is: $$($(PYTHON) --version 2>&1)"; \
 	  echo "Name one that is: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Setting up $(VENV): a minute or two, once"
@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	  set -x; test -x $(BIN)/python || uv venv --python "$$(command -v $(PYTHON))" --allow-existing $(VENV); \
 	  uv pip install --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'; \
 	else \
-	  set -x; $(PYTHON) -m venv $(VENV) && \
+	  set -x; $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) && \
 	  $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'; \
 	fi
 	@touch $@
