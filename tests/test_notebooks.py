@@ -80,23 +80,6 @@ def test_parameters_and_claims(source):
     assert sum(line.startswith("assert") for c in claims for line in c.source.splitlines()) >= 2
 
 
-@each_source
-def test_imports_are_public(source):
-    for node in ast.walk(ast.parse(source.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            modules, names = [node.module or ""], [alias.name for alias in node.names]
-            assert node.level == 0, "relative import"
-        elif isinstance(node, ast.Import):
-            modules, names = [alias.name for alias in node.names], []
-        else:
-            continue
-        for module in modules:
-            parts = module.split(".")
-            assert parts[0] not in ("tests", "helpers", "paper_figures", "benchmarks"), module
-            if parts[0] == "eqgen":
-                assert not [part for part in parts + names if part.startswith("_")], module
-
-
 @pytest.mark.slow
 @each_source
 def test_source_runs_with_smoke_values(source, tmp_path):

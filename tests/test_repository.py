@@ -1,0 +1,157 @@
+"""The repository as a whole: metadata that agree, files that are small, portable and safe to load."""
+
+import ast
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import eqgen
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+PYTHONS = ("3.11", "3.12")
+ALGORITHMS = sorted(
+    path for path in ROOT.glob("eqgen/algorithms/*.py") if path.stem not in ("__init__", "base")
+)
+
+MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(?:home|root|Users|work|opt|tmp|mnt)/\w")
+REGISTRY = re.compile(
+    r"--(?:extra-)?index-url|--find-links|pythonhosted\.|(?:pypi|registry|mirror)\S*/simple"
+)
+UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+REQUIREMENTS = [
+    *PROJECT["dependencies"],
+    *(
+        line
+        for extra in ("notebooks", "figures", "log", "dev")
+        for line in PROJECT["optional-dependencies"][extra]
+    ),
+]
+
+
+def arxiv_id(text: str) -> str:
+    """The first arXiv number in a text."""
+    return re.search(r"\d{4}\.\d{5}", text).group()
+
+
+def repository_files() -> list[Path]:
+    """Every file that is in the repository or would be with the next commit."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()]
+
+
+def test_files_are_small():
+    too_large = [path for path in repository_files() if path.stat().st_size > 1_000_000]
+    assert not too_large
+
+
+def test_files_name_no_machine_and_no_registry():
+    for path in repository_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for pattern in (MACHINE_PATH, REGISTRY):
+            found = pattern.search(text)
+            assert not found or path == Path(__file__), f"{path.relative_to(ROOT)}: {found.group()}"
+
+
+def test_nothing_unpickles():
+    for path in repository_files():
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & UNSAFE_MODULES, path
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert isinstance(node.value, ast.Constant) and node.value.value is False, path
+
+
+@pytest.mark.parametrize("path", ALGORITHMS, ids=lambda path: path.stem)
+def test_algorithm_says_what_it_is(path):
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    citation, _, rest = doc.partition("\nNotation")
+    notation, _, differences = rest.partition("\nDiffers from")
+    assert re.search(r"arXiv \d{4}\.\d{4,5} \(\d{4}\)", citation), "no citation before the notation"
+    assert " = " in notation, "no notation table"
+    assert "- " in differences, "no list of differences"
+
+
+def test_versions_agree():
+    assert PROJECT["version"] == eqgen.__version__
+    assert f"version: {eqgen.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_citation_file_is_complete():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license", "references"} <= citation.keys()
+    assert citation["license"] == PROJECT["license"] == "MIT"
+    cited = {arxiv_id(path.read_text()) for path in ALGORITHMS}
+    assert {arxiv_id(reference["url"]) for reference in citation["references"]} == cited
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License\n")
+
+
+def pins(python: str) -> dict[str, str]:
+    """Package -> exact version in constraints.txt under one Python."""
+    found = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        if not requirement.marker or requirement.marker.evaluate({"python_version": python}):
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "==" and requirement.name not in found, line
+            found[requirement.name] = specifier.version
+    return found
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("line", REQUIREMENTS)
+def test_constraints_satisfy_the_ranges(line, python):
+    requirement = Requirement(line)
+    assert requirement.specifier.contains(pins(python)[canonicalize_name(requirement.name)])
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_mjx_and_mujoco_have_the_same_minor_version(python):
+    minor = lambda name: pins(python)[name].split(".")[:2]
+    assert minor("mujoco") == minor("mujoco-mjx")
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_names_make_targets_that_exist():
+    named = set(
+        re.findall(
+            r"\bmake ([a-z]+)", "\n".join(code_blocks("sh")) + "".join(re.findall(r"`[^`\n]+`", README))
+        )
+    )
+    assert named and named <= set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.MULTILINE))
+
+
+def test_readme_links_exist():
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_make_targets_are_listed():
+    shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.MULTILINE)[0].split()
+    assert [line.split()[1] for line in shown.splitlines()] == targets
