@@ -31,9 +31,7 @@ class AbstractEnv(eqx.Module):
         """A first state and its observation."""
 
     @abstractmethod
-    def step(
-        self, state: Any, action: Float[Array, " act"], *, key: Key[Array, ""]
-    ) -> tuple[Any, TimeStep]:
+    def step(self, state: Any, action: Float[Array, " act"], *, key: Key[Array, ""]) -> tuple[Any, TimeStep]:
         """The next state and what came of it; does not reset."""
 
 
