@@ -57,6 +57,67 @@ def _weighted_mean(log_weights, values):
     return jnp.sum(jax.nn.softmax(log_weights)[:, None] * values, axis=0)
 
 
+# --- The two stages of every estimator, for callers that evaluate the density in between themselves ---
+
+
+def normal_proposals(
+    x_t: Float[Array, " dim"],
+    alpha_t: ScalarLike,
+    sigma_t: ScalarLike,
+    *,
+    num_samples: int,
+    key: Key[Array, ""],
+) -> Float[Array, "num_samples dim"]:
+    """Draws of `x_0` from `N(x_t / alpha_t, (sigma_t / alpha_t)^2 I)`."""
+    eps = jr.normal(key, (num_samples, x_t.size), x_t.dtype)
+    return (x_t[None] + sigma_t * eps) / alpha_t
+
+
+def truncated_proposals(
+    x_t: Float[Array, " dim"],
+    alpha_t: ScalarLike,
+    sigma_t: ScalarLike,
+    *,
+    num_samples: int,
+    key: Key[Array, ""],
+    low: ScalarLike = -1.0,
+    high: ScalarLike = 1.0,
+) -> Float[Array, "num_samples dim"]:
+    """Draws of `x_0` from the same normal law, truncated to `[low, high]` coordinate by coordinate."""
+    uniform = jr.uniform(key, (num_samples, x_t.size), x_t.dtype, minval=jnp.finfo(x_t.dtype).epsneg)
+    quantile = lambda u: truncated_normal_quantile(u, x_t / alpha_t, sigma_t / alpha_t, low, high)
+    return jax.vmap(quantile)(uniform)
+
+
+def combine_values(
+    log_weights: Float[Array, " samples"],
+    x_0: Float[Array, "samples dim"],
+    x_t: Float[Array, " dim"],
+    alpha_t: ScalarLike,
+    sigma_t: ScalarLike,
+) -> ScoreEstimate:
+    """The gradient-free estimate from proposals `x_0` and their log-weights (any common constant drops out)."""
+    posterior_mean = _weighted_mean(log_weights, x_0)
+    score = (alpha_t * posterior_mean - x_t) / sigma_t**2
+    return ScoreEstimate(score, posterior_mean, _effective_samples(log_weights))
+
+
+def combine_gradients(
+    log_weights: Float[Array, " samples"],
+    gradients: Float[Array, "samples dim"],
+    x_t: Float[Array, " dim"],
+    alpha_t: ScalarLike,
+    sigma_t: ScalarLike,
+) -> ScoreEstimate:
+    """The paper's estimate from the log-weights of untruncated proposals and their gradients in `x_0`."""
+    score = _weighted_mean(log_weights, gradients) / alpha_t
+    posterior_mean = (x_t + sigma_t**2 * score) / alpha_t
+    return ScoreEstimate(score, posterior_mean, _effective_samples(log_weights))
+
+
+# --- The estimators in one call ---
+
+
 def gradient_score(
     log_density: LogDensity,
     x_t: Float[Array, " dim"],
@@ -146,13 +207,9 @@ def truncated_score(
     **Returns:** a [`ScoreEstimate`][]; finite also where `x_t / alpha_t` lies many standard deviations
     outside the box.
     """
-    uniform = jr.uniform(key, (num_samples, x_t.size), x_t.dtype, minval=jnp.finfo(x_t.dtype).epsneg)
-    quantile = lambda u: truncated_normal_quantile(u, x_t / alpha_t, sigma_t / alpha_t, low, high)
-    x_0 = jax.vmap(quantile)(uniform)
-    log_weights = transform(jax.vmap(log_density)(x_0))
-    posterior_mean = _weighted_mean(log_weights, x_0)
-    score = (alpha_t * posterior_mean - x_t) / sigma_t**2
-    return ScoreEstimate(score, posterior_mean, _effective_samples(log_weights))
+    bounds = dict(low=low, high=high)
+    x_0 = truncated_proposals(x_t, alpha_t, sigma_t, num_samples=num_samples, key=key, **bounds)
+    return combine_values(transform(jax.vmap(log_density)(x_0)), x_0, x_t, alpha_t, sigma_t)
 
 
 def truncated_normal_quantile(

@@ -7,10 +7,11 @@ each algorithm file writes out in full. Keys are arguments, never part of a stat
 
 import dataclasses
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 import equinox as eqx
-from jaxtyping import Array, Float, Key
+import optax
+from jaxtyping import Array, Float, Key, PyTree
 
 from eqgen.types import Metrics, Transition
 
@@ -27,6 +28,14 @@ class AbstractLearner(eqx.Module):
     """
 
     sizes: ClassVar[dict[str, dict[str, Any]]]
+
+    def __check_init__(self):
+        for field in dataclasses.fields(self):
+            choices, value = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ValueError(
+                    f"{type(self).__name__}({field.name}={value!r}) is not supported: choose one of {choices}."
+                )
 
     @abstractmethod
     def init(self, example: Any, *, key: Key[Array, ""]) -> eqx.Module:
@@ -52,7 +61,12 @@ class AbstractLearner(eqx.Module):
 
 
 class AbstractAgent(AbstractLearner):
-    """A learner that acts: `obs` is one observation, the action lies in [-1, 1]^d."""
+    """A learner that acts: `obs` is one observation, the action lies in [-1, 1]^d.
+
+    `evaluation_policy` says in words what `act(..., explore=False)` does; it goes into every evaluation record.
+    """
+
+    evaluation_policy: ClassVar[str]
 
     @abstractmethod
     def act(
@@ -65,3 +79,25 @@ class AbstractAgent(AbstractLearner):
 
     @abstractmethod
     def update(self, state: Any, batch: Transition, *, key: Key[Array, ""]) -> tuple[Any, Metrics]: ...
+
+
+def vector_sizes(example: Transition) -> tuple[int, int]:
+    """The lengths of the observation and action vectors.
+
+    **Raises:** `ValueError` when either is not a vector, which these networks need.
+    """
+    for name in ("obs", "action"):
+        if getattr(example, name).ndim != 1:
+            raise ValueError(
+                f"The {name} has shape {getattr(example, name).shape}; this algorithm's networks take vectors. "
+                "Flatten it in the environment, or write `init` with networks of your own."
+            )
+    return example.obs.size, example.action.size
+
+
+def gradient_step(
+    optimizer: optax.GradientTransformation, model: PyTree, opt_state: optax.OptState, grads: PyTree
+) -> tuple[PyTree, optax.OptState]:
+    """The model after one step of the optimiser, and the optimiser's next state."""
+    updates, opt_state = optimizer.update(grads, opt_state, eqx.filter(model, eqx.is_inexact_array))
+    return eqx.apply_updates(model, updates), opt_state
