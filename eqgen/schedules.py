@@ -110,7 +110,9 @@ class VPLinear(AbstractNoiseSchedule):
         return jnp.exp(-0.5 * self._integrated_beta(t))
 
     def sigma(self, t: ScalarLike) -> Scalar:
-        return jnp.sqrt(-jnp.expm1(-self._integrated_beta(t)))
+        # The derivative of expm1 is taken as expm1 + 1, which near t = 1 would lose what is left of d_sigma.
+        integral = self._integrated_beta(t)
+        return jnp.sqrt(jnp.where(integral < 1, -jnp.expm1(-integral), 1 - jnp.exp(-integral)))
 
     def time_of_log_snr(self, log_snr: ScalarLike) -> Scalar:
         # The root of B(t) = log(1 + exp(-lambda)), in the form that does not cancel and allows constant beta.
