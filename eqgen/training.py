@@ -195,7 +195,8 @@ def _tally(episode_return, timestep):
 
 
 def _transitions(obs, actions, timestep):
-    return Transition(obs, actions, timestep.reward, timestep.obs, timestep.terminated, timestep.truncated)
+    outcome = (timestep.reward, timestep.obs, timestep.terminated, timestep.truncated)
+    return jax.vmap(Transition)(obs, actions, *outcome)
 
 
 # --- Environments in JAX: whole chunks in one compiled loop ---

@@ -252,7 +252,7 @@ class SOM(AbstractAgent):
 
     def log_weights(
         self, values: Float[Array, "batch K"]
-    ) -> tuple[Float[Array, "batch K"], Float[Array, "batch 1 1"]]:
+    ) -> tuple[Float[Array, "batch K"], Float[Array, "#batch 1 1"]]:
         """alpha Q-hat, and its derivative in Q. The statistics are constants (a gradient through them would
         cancel the mean of the score)."""
         axes = {"batch": (0, 1), "group": (1,), "none": ()}[self.q_normalization]
