@@ -1,7 +1,6 @@
 """What every test runs under: the CPU, no implicit rank promotion, checks of the shapes in signatures."""
 
 import os
-from importlib.util import find_spec
 
 import pytest
 
@@ -27,10 +26,10 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", str(config.rootpath / ".pytest_cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
-    if find_spec("beartype") and not config.getoption("--no-typecheck"):
+    if not config.getoption("--no-typecheck"):
         from jaxtyping import install_import_hook
 
-        install_import_hook("eqgen", "beartype.beartype")
+        install_import_hook("eqgen", "helpers.typechecked")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Comparisons that the tests share: `from helpers import tree_allclose`."""
+"""What the tests share: `from helpers import tree_allclose`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from beartype import beartype
 
 
 def _value(x: Any) -> np.ndarray:
@@ -45,3 +47,10 @@ def tree_allclose(actual: Any, expected: Any, *, rtol: float = 1e-5, atol: float
     except AssertionError:
         return False
     return True
+
+
+def typechecked(function: Callable) -> Callable:
+    """`beartype`, which sees each method alone and therefore cannot know what `Self` is."""
+    hints = {name: hint for name, hint in function.__annotations__.items() if "Self" not in str(hint)}
+    function.__annotations__ = hints
+    return beartype(function)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,12 @@ def test_readme_names_make_targets_that_exist():
             r"\bmake ([a-z]+)", "\n".join(code_blocks("sh")) + "".join(re.findall(r"`[^`\n]+`", README))
         )
     )
-    assert named and named <= set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.MULTILINE))
+    assert named <= set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", ALGORITHMS, ids=lambda path: path.stem)
+def test_readme_lists_every_algorithm(path):
+    assert f"| `{path.stem}` |" in README and f"arxiv.org/abs/{arxiv_id(path.read_text())}" in README
 
 
 def test_readme_links_exist():
@@ -155,3 +161,18 @@ def test_make_targets_are_listed():
     shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.MULTILINE)[0].split()
     assert [line.split()[1] for line in shown.splitlines()] == targets
+
+
+def test_readme_examples_run(capsys):
+    """As one session; the algorithm of the last example then trains like any other."""
+    session = types.ModuleType("readme")
+    for number, code in enumerate(code_blocks("python")):
+        exec(compile(code, f"README.md, example {number}", "exec"), vars(session))
+    mean, std = (float(word) for word in capsys.readouterr().out.split()[:2])
+    assert (
+        abs(mean - 3) < 0.06 and abs(std - 0.5) < 0.05
+    )  # 2,000 numbers: four standard errors; 50 steps of DDIM
+
+    env, settings = session.make("toy/ring"), session.OnlineSettings.preset("smoke", "toy/ring")
+    *_, last = session.train_online(session.BestOfN.tiny(), env, settings, seeds=(0,))
+    assert last.env_step == settings.total_steps
