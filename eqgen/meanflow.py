@@ -57,7 +57,6 @@ def meanflow_target(
     **Returns:** `(u, u_target)`, `u_target = v - (t - r) du/dt`. Gradients flow through `u` alone; where
     `r = t` the target is `velocity` itself.
     """
-    velocity = jax.lax.stop_gradient(velocity)
     r, t = jnp.asarray(r, x_t.dtype), jnp.asarray(t, x_t.dtype)
     # The tangent of (x, r, t) is (v, 0, 1). Closed over, r costs nothing, and r = 0 under a root is safe.
     along_flow = lambda x, t: mean_velocity(x, r, t)
