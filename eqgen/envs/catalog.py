@@ -41,7 +41,8 @@ PROBE_NAMES = ("constant", "observation", "delayed", "action", "both", "truncati
 
 
 def available() -> tuple[str, ...]:
-    """All names that `make` takes; `gymnasium/<id>` further makes any continuous task known to Gymnasium."""
+    """The names that are known to work. `make` also takes what was registered with gymnax or Gymnasium since,
+    as `gymnax/<id>` and `gymnasium/<id>`, if it is continuous."""
     families = {"gymnax": GYMNAX_IDS, "mujoco": MUJOCO_IDS, "toy": TOY_NAMES, "probe": PROBE_NAMES}
     return tuple(f"{family}/{name}" for family, names in families.items() for name in names)
 
@@ -52,34 +53,38 @@ def make(name: str) -> Any:
     **Returns:** an `AbstractEnv`, or for `mujoco/` and `gymnasium/` a `HostEnv`, whose `make` gives the
     environments themselves.
 
-    **Raises:** `ValueError` when there is none; it lists the nearest names.
+    **Raises:** `ValueError` when there is none that eqgen can use; it lists the nearest names.
     """
     family, _, rest = name.partition("/")
-    if name not in available() and not (family == "gymnasium" and rest):
-        _raise_unknown(name)
-    match family:
-        case "gymnax":
-            from eqgen.envs.gymnax import GymnaxEnv
+    try:
+        match family:
+            case "toy" if name in available():
+                from eqgen.envs.toys import TOYS
 
-            return GymnaxEnv(rest)
-        case "toy":
-            from eqgen.envs.toys import make_toy
+                return TOYS[rest]()
+            case "probe" if name in available():
+                from eqgen.envs.probes import PROBES
 
-            return make_toy(rest)
-        case "probe":
-            from eqgen.envs.probes import make_probe
+                return PROBES[rest]()
+            case "gymnax" if rest:
+                from eqgen.envs.gymnax import GymnaxEnv
 
-            return make_probe(rest)
-        case _:
-            from eqgen.envs.host import HostEnv
+                return GymnaxEnv(rest)
+            case "mujoco" | "gymnasium" if rest:
+                from eqgen.envs.host import HostEnv
 
-            return HostEnv(rest)
+                return HostEnv(rest)
+            case _:
+                raise ValueError(f"There is no environment {name!r}.")
+    except ValueError as error:
+        near = _nearest(family, rest or name)
+        hint = f"Nearest: {', '.join(near)}." if near else "eqgen.envs.catalog.available() lists them."
+        raise ValueError(f"{error} {hint}") from error
 
 
-def _raise_unknown(name: str) -> None:
-    names = available()
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
-    near += [n for n in names if n not in near and name.lower() in n.lower()]
-    if not near:
-        near = [n for n in names if n.partition("/")[0] == name.partition("/")[0]] or list(names)
-    raise ValueError(f"There is no environment {name!r}. Nearest: {', '.join(near)}.")
+def _nearest(family: str, rest: str) -> list[str]:
+    """The names like this one, by the part after the slash; failing that, those of its family."""
+    names = {known.partition("/")[2].lower(): known for known in available()}
+    contained = [known for part, known in names.items() if len(rest) > 2 and rest.lower() in part]
+    close = [names[part] for part in difflib.get_close_matches(rest.lower(), names, n=4, cutoff=0.7)]
+    return list(dict.fromkeys(contained + close)) or [n for n in names.values() if n.startswith(f"{family}/")]

@@ -5,12 +5,14 @@ gymnax's own `step` resets by itself; this adapter uses the parts below it, so t
 """
 
 import functools
+import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from eqgen.envs.base import AbstractEnv
@@ -24,7 +26,7 @@ def check_gymnax_version(found: str | None) -> None:
     Before, `step` returned five values and hid time limits in `done`. Resolvers fall back to such a release
     when another package wants gymnasium 1.4 or newer.
     """
-    if found is None or tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) < (1, 0, 1):
+    if found is None or tuple(map(int, re.findall(r"\d+", found)[:3])) < (1, 0, 1):
         state = "is not installed" if found is None else f"{found} is too old"
         raise ImportError(f'gymnax {state}. Remedy: pip install "gymnax>=1.0.1,<2" "gymnasium<1.4" six')
 
@@ -63,20 +65,20 @@ class GymnaxEnv(AbstractEnv):
         **Raises:** `ValueError` when gymnax has no such environment or its actions are discrete.
         """
         if gymnax_id not in gymnax.registered_envs:
-            raise ValueError(f"gymnax has no {gymnax_id!r}; continuous are {', '.join(GYMNAX_IDS)}.")
+            raise ValueError(f"gymnax has no environment {gymnax_id!r}.")
         env, params = _make(gymnax_id)
         space = env.action_space(params)
         if not isinstance(space, Box):
             raise ValueError(
-                f"{gymnax_id} has the action space {space}; eqgen needs a continuous one: "
-                f"{', '.join(GYMNAX_IDS)}."
+                f"gymnax's {gymnax_id} has the actions {space}, eqgen's algorithms need continuous ones, as "
+                f"{', '.join(GYMNAX_IDS)} have."
             )
         self._env, self._params = env, params
         self.name = f"gymnax/{gymnax_id}"
         self.obs_shape = jax.eval_shape(lambda: self.reset(key=jax.random.key(0)))[1].shape
         self.action_dim = space.shape[0]
         self.max_steps = int(params.max_steps_in_episode)
-        low, high = (jnp.broadcast_to(bound, space.shape) for bound in (space.low, space.high))
+        low, high = (np.broadcast_to(bound, space.shape) for bound in (space.low, space.high))
         self.middle = tuple(((high + low) / 2).tolist())
         self.half_range = tuple(((high - low) / 2).tolist())
 
@@ -100,6 +102,6 @@ class GymnaxEnv(AbstractEnv):
 
 
 def _strong(tree: Any) -> Any:
-    """Python numbers and weakly typed arrays made arrays of a fixed dtype: gymnax's first states have both, its
-    later ones have not, and a scan wants them equal."""
+    """Arrays of fixed dtypes: gymnax's first states hold Python numbers and weak types, its later ones none,
+    and a scan wants them equal."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.result_type(x)), tree)

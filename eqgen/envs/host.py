@@ -95,17 +95,17 @@ class HostVectorEnv:
         self._elapsed = [0] * num_envs
         self._rng = np.zeros((num_envs, 10), np.uint32)
         self._actions = np.zeros((num_envs, self.max_steps, self.action_dim), np.float32)
-        self.obs: Float32[np.ndarray, "n *obs"] | None = None
+        self.obs: Float32[np.ndarray, " n *obs"] | None = None
         """The observations to act on; None before the first reset."""
 
-    def reset(self) -> Float32[np.ndarray, "n *obs"]:
+    def reset(self) -> Float32[np.ndarray, " n *obs"]:
         """Starts over: every call gives the first observations that belong to the seed."""
         for env, seed in zip(self._envs, self.seeds):
             env.unwrapped.np_random = seeding.np_random(seed)[0]
         self.obs = np.stack([self._begin_episode(i) for i in range(self.num_envs)])
         return self.obs.copy()
 
-    def step(self, actions: Num[np.ndarray, "n act"]) -> tuple[Float32[np.ndarray, "n *obs"], TimeStep]:
+    def step(self, actions: Num[np.ndarray, "n act"]) -> tuple[Float32[np.ndarray, " n *obs"], TimeStep]:
         """One step of every environment, and a reset of those it ended.
 
         **Arguments:**
@@ -151,7 +151,7 @@ class HostVectorEnv:
             "obs": self.obs.copy(),
         }
 
-    def set_state(self, state: dict[str, np.ndarray]) -> Float32[np.ndarray, "n *obs"]:
+    def set_state(self, state: dict[str, np.ndarray]) -> Float32[np.ndarray, " n *obs"]:
         """Goes on from `state` to the last bit, and returns the observations to act on.
 
         Takes as long as stepping through the running episodes. Another processor or MuJoCo release may round
@@ -175,8 +175,8 @@ class HostVectorEnv:
             obs = np.asarray(obs, np.float32)
             if not np.array_equal(obs, self.obs[i], equal_nan=True):
                 warnings.warn(
-                    f"{self.gymnasium_id}: environment {i} did not retrace its episode to the last bit (largest "
-                    f"difference {np.abs(obs - self.obs[i]).max():.1e}). It goes on from where it came out.",
+                    f"{self.gymnasium_id}: environment {i} did not retrace its episode to the last bit "
+                    f"(off by {np.abs(obs - self.obs[i]).max():.1e}). It goes on from where it came out.",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -202,12 +202,14 @@ _TIMESTEP = jax.tree.structure(
 
 
 @contextmanager
-def _quiet_compiler():
-    """Keeps MuJoCo from printing, and logging to a file, that the tasks' own XML files use old spellings."""
+def _quiet():
+    """Silences what is no concern of those who ask for a task by name: that a v4 task has a successor, and
+    that its XML file uses old spellings (which MuJoCo also writes to a log file)."""
     previous = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda message: None)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            yield
     finally:
         mujoco.set_mju_user_warning(previous)
 
@@ -215,13 +217,15 @@ def _quiet_compiler():
 def _make(gymnasium_id: str) -> gymnasium.Env:
     """One environment, checked to be a continuous task of vectors with a time limit."""
     try:
-        with _quiet_compiler():
+        with _quiet():
             env = gymnasium.make(gymnasium_id, disable_env_checker=True)
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"Gymnasium does not make {gymnasium_id!r}: {error}") from error
     act, obs = env.action_space, env.observation_space
     if not (isinstance(act, gymnasium.spaces.Box) and len(act.shape) == 1 and act.is_bounded()):
-        raise ValueError(f"{gymnasium_id} has the action space {act}; eqgen needs a bounded box of vectors.")
+        raise ValueError(
+            f"{gymnasium_id} has the action space {act}; eqgen's algorithms need a bounded box of vectors."
+        )
     if not isinstance(obs, gymnasium.spaces.Box):
         raise ValueError(
             f"{gymnasium_id} has the observation space {obs}; eqgen needs a box. Register the task with a "
