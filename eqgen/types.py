@@ -1,6 +1,6 @@
 """The records that pass between environments, replay, algorithms and loops.
 
-All are written for one example; a batch is the same record with leading axes (made by `jax.vmap`).
+The shapes are those of one example, after the leading axes `*batch` that all fields of a batch share.
 """
 
 import equinox as eqx
@@ -19,13 +19,13 @@ class TimeStep(eqx.Module):
     Both may be true; termination then wins.
     """
 
-    obs: Float[Array, "*obs"]
-    reward: Float[Array, ""]
-    terminated: Bool[Array, ""]
-    truncated: Bool[Array, ""]
+    obs: Float[Array, "..."]
+    reward: Float[Array, "*batch"]
+    terminated: Bool[Array, "*batch"]
+    truncated: Bool[Array, "*batch"]
 
     @property
-    def done(self) -> Bool[Array, ""]:
+    def done(self) -> Bool[Array, "*batch"]:
         """Whether the episode ended, for either reason."""
         return self.terminated | self.truncated
 
@@ -37,9 +37,9 @@ class Transition(eqx.Module):
     observation (never the first one of the following episode). Only `terminated` stops bootstrapping.
     """
 
-    obs: Float[Array, "*obs"]
-    action: Float[Array, " act"]
-    reward: Float[Array, ""]
-    next_obs: Float[Array, "*obs"]
-    terminated: Bool[Array, ""]
-    truncated: Bool[Array, ""]
+    obs: Float[Array, "..."]
+    action: Float[Array, "*batch act"]
+    reward: Float[Array, "*batch"]
+    next_obs: Float[Array, "..."]
+    terminated: Bool[Array, "*batch"]
+    truncated: Bool[Array, "*batch"]

@@ -77,8 +77,10 @@ class SOM(AbstractAgent):
     noise_schedule: AbstractNoiseSchedule = VPLinear(0.1, 20.0)  # [3P] beta_min, beta_max
     inverse_temperature: float = 5.0
     """alpha: the target policy is proportional to exp(alpha Q), with Q normalised as below."""
-    q_normalization: Literal["batch", "group", "none"] = "batch"
-    """Mean and deviation over all proposals of the batch [3P], over those of one (s, a_t) [I], or none."""
+    q_normalization: Literal["batch", "advantage", "group", "none"] = "batch"
+    """What the deviation of Q that it is divided by is taken over: all proposals of the batch [3P]; the same
+    after subtracting each (s, a_t)'s own mean, so that the spread of values between states does not count [I];
+    the proposals of one (s, a_t) [I]; or nothing."""
     q_reduction: Literal["min", "mean"] = "min"
     """How the online critics' values become one inside the estimator and when candidates are compared."""
     estimator: Literal["gradient", "denoising", "truncated"] = "truncated"
@@ -253,14 +255,20 @@ class SOM(AbstractAgent):
     def log_weights(
         self, values: Float[Array, "batch K"]
     ) -> tuple[Float[Array, "batch K"], Float[Array, "#batch 1 1"]]:
-        """alpha Q-hat, and its derivative in Q. The statistics are constants (a gradient through them would
-        cancel the mean of the score)."""
-        axes = {"batch": (0, 1), "group": (1,), "none": ()}[self.q_normalization]
-        if not axes:
-            return self.inverse_temperature * values, jnp.full((1, 1, 1), self.inverse_temperature)
-        mean, std = jnp.mean(values, axes, keepdims=True), jnp.std(values, axes, keepdims=True)
+        """alpha Q-hat, and its derivative in Q. The deviation is a constant (a gradient through the statistics
+        would cancel the mean of the score); the mean subtracted is the row's, which the softmax ignores."""
+        centred = values - jnp.mean(values, axis=1, keepdims=True)
+        match self.q_normalization:
+            case "none":
+                std = jnp.ones((1, 1))
+            case "batch":
+                std = jnp.std(values, keepdims=True)
+            case "advantage":
+                std = jnp.sqrt(jnp.mean(centred**2, keepdims=True))
+            case "group":
+                std = jnp.std(values, axis=1, keepdims=True)
         scale = self.inverse_temperature / (std + 1e-6)
-        return scale * (values - mean), scale[..., None]
+        return scale * centred, scale[..., None]
 
     def rescaled_flow(
         self, estimate: scores.ScoreEstimate, a_t: Float[Array, " act"], t: Float[Array, ""]
