@@ -22,7 +22,7 @@ import numpy as np
 
 from eqgen import checkpoint
 from eqgen.checkpoint import CheckpointError, DamagedCheckpointError
-from eqgen.files import replacing
+from eqgen.files import replacing, write_json
 from eqgen.provenance import provenance
 
 
@@ -62,7 +62,7 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, settings, keep)
         run._begin_writing()
-        _write_json(path / "settings.json", settings)
+        write_json(path / "settings.json", settings)
         return run
 
     @classmethod
@@ -99,7 +99,7 @@ class Run:
         self._log = open(self.path / "metrics.jsonl", "a")
         sessions = self.path / "provenance.json"
         earlier = json.loads(sessions.read_text()) if sessions.exists() else []
-        _write_json(sessions, [*earlier, provenance()])
+        write_json(sessions, [*earlier, provenance()])
 
     def close(self) -> None:
         """Ends writing and lets others write."""
@@ -198,11 +198,6 @@ class Run:
 
 def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 class TensorBoard:

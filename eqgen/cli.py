@@ -1,0 +1,250 @@
+"""The command `eqgen`.
+
+Nothing heavy is imported before the arguments say that it is needed, so help is quick. Errors that a user can
+mend are one line and exit code 2; a traceback is a defect of eqgen.
+
+`train` reads its arguments twice: first the algorithm, `--env`, `--preset` and `--profile`, which decide the
+defaults of everything else, then all of them, with every field of the agent and of the loop as a flag.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from eqgen import __version__
+from eqgen.files import write_json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    **Returns:** the exit code: 0, 2 for an error that the user can mend, 128 + n after signal n.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in _COMMANDS:
+        nearest = difflib.get_close_matches(name, _COMMANDS, n=1) or sorted(_COMMANDS)
+        return _fail(f"There is no command {name!r}. Did you mean {' or '.join(nearest)}?")
+    _use_compilation_cache()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"eqgen: {message}", file=sys.stderr)
+            command = _COMMANDS[name]
+            train(arguments[1:]) if command is train else _parse(command, name, arguments[1:])
+        return 0
+    except KeyboardInterrupt as interrupt:
+        print(interrupt if interrupt.args else "Interrupted.", file=sys.stderr)
+        return 128 + getattr(interrupt, "signal", 2)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if _is_expected(error):
+            return _fail(str(error))
+        raise
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the error's message was written for the user."""
+    from eqgen.checkpoint import CheckpointError
+    from eqgen.experiments import ExperimentError
+    from eqgen.hyperparameters import HyperparametersError
+    from eqgen.runs import RunError
+
+    return isinstance(error, CheckpointError | ExperimentError | HyperparametersError | RunError)
+
+
+def _fail(message: str) -> int:
+    print(f"eqgen: {message}", file=sys.stderr)
+    return 2
+
+
+def _usage() -> str:
+    lines = ["usage: eqgen COMMAND ...", "", inspect.cleandoc(_ABOUT), "", "commands:"]
+    for name, command in _COMMANDS.items():
+        lines.append(f"  {name:<10}{inspect.getdoc(command).splitlines()[0]}")
+    return "\n".join([*lines, "", inspect.cleandoc(_NOTES)])
+
+
+_ABOUT = """
+    Generative decision-making in JAX: train, resume, judge and picture agents.
+"""
+_NOTES = """
+    `eqgen COMMAND --help` explains a command, `eqgen train ALGORITHM --help` lists every hyperparameter.
+
+    example:
+      eqgen train som --env gymnax/Pendulum-v1 --seeds 3 --out runs/pendulum
+      eqgen evaluate runs/pendulum --episodes 20
+      eqgen plot runs/pendulum
+
+    Compiled programs are kept in the user's cache folder; JAX_ENABLE_COMPILATION_CACHE=0 turns that off.
+"""
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs between commands, unless the environment says where or not to."""
+    try:
+        cpu = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0]
+    except OSError:
+        cpu = ""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # Programs for the CPU use its instruction set, and a home folder may be shared by unlike machines.
+    folder = base / "eqgen" / "jax" / sha256(cpu.encode()).hexdigest()[:8]
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def _parse(options: Callable[..., Any], command: str, arguments: list[str]) -> Any:
+    """Calls a function, or makes a dataclass, of the arguments."""
+    config = (tyro.conf.HelptextFromCommentsOff,)
+    return tyro.cli(options, prog=f"eqgen {command}", args=arguments, config=config)
+
+
+# --- train ---
+
+
+def train(arguments: list[str]) -> None:
+    """Train an agent into a new run directory."""
+    from eqgen import experiments
+
+    if not arguments or arguments[0].startswith("-"):
+        names = ", ".join(experiments.algorithms())
+        print(f"usage: eqgen train ALGORITHM --env ENV [--out RUN] [...]\n\nalgorithms: {names}\n")
+        print("`eqgen train ALGORITHM --help` lists all options; `eqgen list` the environments.")
+        if not {"-h", "--help"} & set(arguments):
+            raise experiments.ExperimentError("train needs an algorithm first.")
+        return
+    name, cls = arguments[0], experiments.algorithm(arguments[0])
+    chosen = _parse(_train_options(cls, arguments[1:]), f"train {name}", arguments[1:])
+    experiments.train(
+        chosen.agent,
+        chosen.env,
+        chosen.settings,
+        seeds=range(chosen.seed_start, chosen.seed_start + chosen.seeds),
+        out=chosen.out or Path("runs", f"{name}-{chosen.env.replace('/', '-')}"),
+        tensorboard=chosen.tensorboard,
+    )
+
+
+def _train_options(cls: type, arguments: list[str]) -> type:
+    """The options of `train`, with the defaults that preset, profile and environment lead to."""
+    from eqgen.experiments import ExperimentError
+    from eqgen.training import OnlineSettings
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--env", "--preset", "--profile"):
+        first.add_argument(flag, nargs="?")  # that it has a value is for the full parser to check
+    known, _ = first.parse_known_args(arguments)
+    profiles = cls.profiles()
+    preset_name, profile_name = known.preset or "cpu", known.profile or "default"
+    for kind, name, choices in (("preset", preset_name, cls.sizes), ("profile", profile_name, profiles)):
+        if name not in choices:
+            raise ExperimentError(
+                f"{cls.__name__} has no {kind} {name!r}. Choose one of {', '.join(choices)}."
+            )
+    chosen_agent = profiles[profile_name].resized(preset_name)
+    chosen_settings = OnlineSettings.preset(preset_name, known.env or "")
+
+    @dataclasses.dataclass(frozen=True)
+    class Train:
+        env: str
+        """Name of the environment, such as gymnax/Pendulum-v1 (`eqgen list` shows them)."""
+        out: Path | None = None
+        """The new run directory; runs/ALGORITHM-ENV if not given."""
+        seeds: int = 1
+        """How many agents to train side by side, each with a seed of its own."""
+        seed_start: int = 0
+        """The first seed; the others follow it."""
+        preset: Literal[tuple(cls.sizes)] = preset_name
+        """How much computation: seconds, two CPU cores for up to about an hour, or one GPU."""
+        profile: Literal[tuple(profiles)] = profile_name
+        """Named settings of the algorithm, on top of which preset and flags apply."""
+        tensorboard: bool = False
+        """Also write event files for TensorBoard."""
+        agent: cls = dataclasses.field(default_factory=lambda: chosen_agent)
+        settings: OnlineSettings = chosen_settings
+
+    Train.__doc__ = inspect.getdoc(cls)
+    return Train
+
+
+# --- The other commands ---
+
+
+def resume(run: Positional[Path]) -> None:
+    """Go on with an interrupted run, exactly where its last checkpoint was made.
+
+    Args:
+        run: The run directory.
+    """
+    from eqgen import experiments
+
+    experiments.resume(run)
+
+
+def evaluate(run: Positional[Path], episodes: int = 20, seed: int = 0, json: Path | None = None) -> None:
+    """Judge a run's newest checkpoint by fresh episodes.
+
+    Args:
+        run: The run directory.
+        episodes: How many, for each trained seed.
+        seed: Of the episodes, which are the same for each trained seed.
+        json: Where to write all returns and lengths, if anywhere.
+    """
+    from eqgen import experiments
+
+    results = experiments.evaluate(run, episodes, seed=seed)
+    if json is not None:
+        write_json(json, results)
+    print("{algorithm} on {env} at step {env_step}: {policy}".format(**results))
+    for result in results["seeds"]:
+        low, high = min(result["returns"]), max(result["returns"])
+        line = f"mean return {result['return']:.1f} over {episodes} episodes, {low:.1f} to {high:.1f}"
+        print(f"  seed {result['seed']}: {line}")
+
+
+def plot(runs: Positional[tuple[Path, ...]], out: Path | None = None, metric: str = "eval/return") -> None:
+    """Draw the learning curves of one or several runs, as PNG and PDF.
+
+    Args:
+        runs: The run directories, one curve each.
+        out: The picture; learning_curve.png in the first run if not given.
+        metric: Which of the logged metrics.
+    """
+    from eqgen import experiments
+
+    for path in experiments.plot(runs, out or runs[0] / "learning_curve.png", metric=metric):
+        print(path)
+
+
+def list_() -> None:
+    """List algorithms and environments."""
+    from eqgen import experiments
+    from eqgen.envs import catalog
+
+    print("algorithms")
+    for name, cls in experiments.algorithms().items():
+        about = inspect.getdoc(inspect.getmodule(cls)).splitlines()[0]
+        print(f"  {name:<12}{about} Profiles: {', '.join(cls.profiles())}")
+    print("\nenvironments")
+    print("\n".join(f"  {name}" for name in catalog.available()))
+
+
+_COMMANDS = {"train": train, "resume": resume, "evaluate": evaluate, "plot": plot, "list": list_}
