@@ -165,8 +165,8 @@ def test_toy_optimal_policy_is_the_boltzmann_policy_of_its_rewards(name, getkey)
     pooled = lambda x: np.append(x[common], x[~common].sum())
     assert chisquare(pooled(counts), pooled(expected)).pvalue > 1e-3
 
-    # The masses of the modes: closed form, quadrature (200 points a side), draws (counted for the likelier mode
-    # where two overlap; their standard error is 0.005).
+    # The masses of the modes: closed form, quadrature (200 points a side), draws (counted for the likelier
+    # mode where two overlap; their standard error is 0.005).
     of_mode = np.asarray(env.modes) == np.arange(env.num_modes)[:, None]
     quadrature = np.einsum("xyc,xy,mc->m", shares, policy, of_mode)
     np.testing.assert_allclose(env.mode_weights, quadrature, atol=1e-3)

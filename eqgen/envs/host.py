@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 from gymnasium.utils import seeding
-from jaxtyping import Float32, Num
+from jaxtyping import Float32, Num, UInt8
 
 from eqgen.types import TimeStep
 
@@ -68,9 +68,9 @@ class HostEnv(eqx.Module):
         self.max_steps = env.spec.max_episode_steps
         env.close()
 
-    def make(self, num_envs: int, seed: int) -> "HostVectorEnv":
-        """`num_envs` environments of this task."""
-        return HostVectorEnv(self.gymnasium_id, num_envs, seed)
+    def make(self, num_envs: int, seed: int, *, render: bool = False) -> "HostVectorEnv":
+        """`num_envs` environments of this task; the arguments are those of `HostVectorEnv`."""
+        return HostVectorEnv(self.gymnasium_id, num_envs, seed, render=render)
 
 
 class HostVectorEnv:
@@ -80,9 +80,16 @@ class HostVectorEnv:
     `gymnasium.Env.reset` would need. Every array that is returned is a new one.
     """
 
-    def __init__(self, gymnasium_id: str, num_envs: int, seed: int):
-        """**Raises:** `ValueError` when the task is unknown, not continuous, or has no time limit."""
-        self._envs = [_make(gymnasium_id) for _ in range(num_envs)]
+    def __init__(self, gymnasium_id: str, num_envs: int, seed: int, *, render: bool = False):
+        """**Arguments:**
+
+        - `gymnasium_id`: such as `"HalfCheetah-v5"`.
+        - `num_envs`, `seed`: how many environments; an integer from 0 on which all their randomness depends.
+        - `render`: whether `render` will be called.
+
+        **Raises:** `ValueError` when the task is unknown, not continuous, or has no time limit.
+        """
+        self._envs = [_make(gymnasium_id, "rgb_array" if render else None) for _ in range(num_envs)]
         self.seeds = tuple(
             int(np.random.SeedSequence((seed, i)).generate_state(1)[0]) for i in range(num_envs)
         )
@@ -92,18 +99,17 @@ class HostVectorEnv:
         self.max_steps = env.spec.max_episode_steps
         low, high = env.action_space.low, env.action_space.high
         self._middle, self._half_range = (high + low) / 2, (high - low) / 2
-        self._elapsed = [0] * num_envs
+        self._elapsed = np.zeros(num_envs, np.int32)
         self._rng = np.zeros((num_envs, 10), np.uint32)
         self._actions = np.zeros((num_envs, self.max_steps, self.action_dim), np.float32)
-        self.obs: Float32[np.ndarray, " n *obs"] | None = None
-        """The observations to act on; None before the first reset."""
+        self._obs: Float32[np.ndarray, " n *obs"] | None = None
 
     def reset(self) -> Float32[np.ndarray, " n *obs"]:
         """Starts over: every call gives the first observations that belong to the seed."""
         for env, seed in zip(self._envs, self.seeds):
             env.unwrapped.np_random = seeding.np_random(seed)[0]
-        self.obs = np.stack([self._begin_episode(i) for i in range(self.num_envs)])
-        return self.obs.copy()
+        self._obs = np.stack([self._begin_episode(i) for i in range(self.num_envs)])
+        return self._obs.copy()
 
     def step(self, actions: Num[np.ndarray, "n act"]) -> tuple[Float32[np.ndarray, " n *obs"], TimeStep]:
         """One step of every environment, and a reset of those it ended.
@@ -119,20 +125,20 @@ class HostVectorEnv:
         scaled = self._middle + self._half_range * actions
         next_obs = np.empty((self.num_envs, *self.obs_shape), np.float32)
         rewards, terminations, truncations = [], [], []
+        self._actions[np.arange(self.num_envs), self._elapsed] = actions
+        self._elapsed += 1
         for i, env in enumerate(self._envs):
-            self._actions[i, self._elapsed[i]] = actions[i]
-            self._elapsed[i] += 1
             next_obs[i], reward, terminated, truncated, _ = env.step(scaled[i])
             rewards.append(reward)
             terminations.append(terminated)
             truncations.append(truncated)
-        self.obs = next_obs.copy()
+        self._obs = next_obs.copy()
         for i, (terminated, truncated) in enumerate(zip(terminations, truncations)):
             if terminated or truncated:
-                self.obs[i] = self._begin_episode(i)
+                self._obs[i] = self._begin_episode(i)
         # A batch, so not by the constructor, which describes one example.
         leaves = next_obs, np.array(rewards, np.float32), np.array(terminations), np.array(truncations)
-        return self.obs.copy(), jax.tree.unflatten(_TIMESTEP, leaves)
+        return self._obs.copy(), jax.tree.unflatten(_TIMESTEP, leaves)
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Everything that `set_state` needs, as arrays of fixed shapes.
@@ -141,47 +147,45 @@ class HostVectorEnv:
         (n, max_steps, act) and `elapsed` (n,) the actions since, `obs` (n, obs) the last observations. No
         dtype is wider than 32 bits, so that a trip through JAX arrays changes nothing.
         """
-        if self.obs is None:
+        if self._obs is None:
             raise RuntimeError("HostVectorEnv has no state before its first reset().")
-        elapsed = np.array(self._elapsed, np.int32)
-        return {
-            "rng": self._rng.copy(),
-            "actions": self._actions.copy(),
-            "elapsed": elapsed,
-            "obs": self.obs.copy(),
-        }
+        kept = {"rng": self._rng, "actions": self._actions, "elapsed": self._elapsed, "obs": self._obs}
+        return {name: np.array(value) for name, value in kept.items()}
 
-    def set_state(self, state: dict[str, np.ndarray]) -> Float32[np.ndarray, " n *obs"]:
+    def set_state(self, state: dict[str, np.ndarray | jax.Array]) -> Float32[np.ndarray, " n *obs"]:
         """Goes on from `state` to the last bit, and returns the observations to act on.
 
         Takes as long as stepping through the running episodes. Another processor or MuJoCo release may round
         differently; then a `RuntimeWarning` says so and the observations returned are the retraced ones.
         """
+        state = {name: np.asarray(value) for name, value in state.items()}
         for name, now in (("rng", self._rng), ("actions", self._actions)):
             if state[name].shape != now.shape:
                 raise ValueError(
                     f"{self.gymnasium_id}: state[{name!r}] has shape {state[name].shape}, this vector of "
                     f"{self.num_envs} environments needs {now.shape}: another task or number of environments?"
                 )
-        self.obs = np.array(state["obs"], np.float32)
-        actions = np.asarray(state["actions"])
+        self._obs = state["obs"].copy()
         for i, env in enumerate(self._envs):
             _set_generator(env.unwrapped.np_random, state["rng"][i])
             obs = self._begin_episode(i)
-            for j in range(int(state["elapsed"][i])):
-                self._actions[i, j] = actions[i, j]
-                obs = env.step(self._middle + self._half_range * actions[i, j])[0]
-            self._elapsed[i] = int(state["elapsed"][i])
+            for action in state["actions"][i, : state["elapsed"][i]]:
+                obs = env.step(self._middle + self._half_range * action)[0]
+            self._actions[i], self._elapsed[i] = state["actions"][i], state["elapsed"][i]
             obs = np.asarray(obs, np.float32)
-            if not np.array_equal(obs, self.obs[i], equal_nan=True):
+            if not np.array_equal(obs, self._obs[i], equal_nan=True):
                 warnings.warn(
                     f"{self.gymnasium_id}: environment {i} did not retrace its episode to the last bit "
-                    f"(off by {np.abs(obs - self.obs[i]).max():.1e}). It goes on from where it came out.",
+                    f"(off by {np.abs(obs - self._obs[i]).max():.1e}). It goes on from where it came out.",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-                self.obs[i] = obs
-        return self.obs.copy()
+                self._obs[i] = obs
+        return self._obs.copy()
+
+    def render(self) -> UInt8[np.ndarray, "n height width 3"]:
+        """A picture of every environment as it is now."""
+        return np.stack([env.render() for env in self._envs])
 
     def close(self) -> None:
         """Frees the simulators."""
@@ -214,11 +218,11 @@ def _quiet():
         mujoco.set_mju_user_warning(previous)
 
 
-def _make(gymnasium_id: str) -> gymnasium.Env:
+def _make(gymnasium_id: str, render_mode: str | None = None) -> gymnasium.Env:
     """One environment, checked to be a continuous task of vectors with a time limit."""
     try:
         with _quiet():
-            env = gymnasium.make(gymnasium_id, disable_env_checker=True)
+            env = gymnasium.make(gymnasium_id, render_mode=render_mode, disable_env_checker=True)
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"Gymnasium does not make {gymnasium_id!r}: {error}") from error
     act, obs = env.action_space, env.observation_space
