@@ -1,7 +1,10 @@
 """The repository as a whole: metadata that agree, files that are small, portable and safe to load."""
 
 import ast
+import dataclasses
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import tomllib
@@ -158,9 +161,34 @@ def test_readme_links_exist():
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 def test_make_targets_are_listed():
-    shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = make()
     targets = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.MULTILINE)[0].split()
     assert [line.split()[1] for line in shown.splitlines()] == targets
+
+
+def make(*arguments: str) -> str:
+    """What make prints; as if it were not itself run by make."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--silent", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def eqgen_commands() -> list[str]:
+    """Every command line that begins with `eqgen` in the README, and in what `make demo` would run."""
+    demo = make("--dry-run", "demo") if shutil.which("make") else ""
+    found = re.findall(r"^eqgen .*$", "\n".join(code_blocks("sh")), flags=re.MULTILINE)
+    return found + re.findall(r"\beqgen (?:train|resume|plot|render) [^;\n]*", demo)
+
+
+@pytest.mark.parametrize("line", eqgen_commands())
+def test_commands_parse(line, monkeypatch):
+    from eqgen import cli, experiments
+
+    results = {"algorithm": "", "env": "", "env_step": 0, "policy": "", "seeds": []}
+    answers = {"train": None, "resume": None, "evaluate": results, "plot": [], "render": []}
+    for name, answer in answers.items():
+        monkeypatch.setattr(experiments, name, lambda *args, _answer=answer, **kwargs: _answer)
+    assert cli.main(shlex.split(line, comments=True)[1:]) == 0
 
 
 def test_readme_examples_run(capsys):
@@ -173,6 +201,7 @@ def test_readme_examples_run(capsys):
         abs(mean - 3) < 0.06 and abs(std - 0.5) < 0.05
     )  # 2,000 numbers: four standard errors; 50 steps of DDIM
 
-    env, settings = session.make("toy/ring"), session.OnlineSettings.preset("smoke", "toy/ring")
+    env = session.make("toy/ring")
+    settings = dataclasses.replace(session.OnlineSettings.preset("smoke", "toy/ring"), eval_every=0)
     *_, last = session.train_online(session.BestOfN.tiny(), env, settings, seeds=(0,))
     assert last.env_step == settings.total_steps
