@@ -106,7 +106,7 @@ def _shared_vmap(axis_size, in_batched, x):
 
 
 def ensemble(make: Callable[[Key[Array, ""]], Tree], size: int, *, key: Key[Array, ""]) -> Tree:
-    """`size` independently initialised copies of `make(key)`, stacked along a new leading axis of every array.
+    """`size` independently initialised `make(key)`, stacked along a new leading axis of every array.
 
     Call the members with `eqx.filter_vmap(lambda member: member(x))(stack)`.
     """

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from helpers import assert_trees_close
 
 import eqgen.algorithms
 from eqgen import checkpoint
@@ -18,6 +17,7 @@ from eqgen.algorithms.base import AbstractAgent, AbstractLearner
 from eqgen.envs.base import example_transition
 from eqgen.tree import filter_scan
 from eqgen.types import Transition
+from helpers import assert_trees_close
 
 
 OBS, ACT, BATCH = 3, 2, 16

@@ -1,4 +1,4 @@
-"""What every algorithm is: an immutable module of hyperparameters with `init`, `update` and, for agents, `act`.
+"""What every algorithm is: an immutable module of hyperparameters with `init`, `update` and (agents) `act`.
 
 Hyperparameters are the module's fields, so `SOM(discount=0.97)` in a notebook, `--agent.discount 0.97` on the
 command line and the entry in `settings.json` are one thing. What evolves is a separate `State` module that
@@ -34,7 +34,7 @@ class AbstractLearner(eqx.Module):
             choices, value = get_args(field.type), getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in choices:
                 raise ValueError(
-                    f"{type(self).__name__}({field.name}={value!r}) is not supported: choose one of {choices}."
+                    f"{type(self).__name__}({field.name}={value!r}) is not supported; choose one of {choices}"
                 )
 
     @abstractmethod
@@ -43,7 +43,7 @@ class AbstractLearner(eqx.Module):
 
     @abstractmethod
     def update(self, state: Any, batch: Any, *, key: Key[Array, ""]) -> tuple[Any, Metrics]:
-        """One update on a batch of records with a leading axis; pure, so it may be jitted, scanned, vmapped."""
+        """One update on a batch (records with a leading axis); pure: it may be jitted, scanned, vmapped."""
 
     @classmethod
     def profiles(cls) -> dict[str, Self]:
@@ -63,7 +63,7 @@ class AbstractLearner(eqx.Module):
 class AbstractAgent(AbstractLearner):
     """A learner that acts: `obs` is one observation, the action lies in [-1, 1]^d.
 
-    `evaluation_policy` says in words what `act(..., explore=False)` does; it goes into every evaluation record.
+    `evaluation_policy` says in words what `act(..., explore=False)` does, and goes into evaluation records.
     """
 
     evaluation_policy: ClassVar[str]
@@ -72,7 +72,7 @@ class AbstractAgent(AbstractLearner):
     def act(
         self, state: Any, obs: Float[Array, "*obs"], *, key: Key[Array, ""], explore: bool
     ) -> Float[Array, " act"]:
-        """The action to take; `explore` adds what the method uses while it collects data. No default: say which."""
+        """The action to take; `explore` adds what the method does while it collects data (no default)."""
 
     @abstractmethod
     def init(self, example: Transition, *, key: Key[Array, ""]) -> eqx.Module: ...
@@ -89,7 +89,7 @@ def vector_sizes(example: Transition) -> tuple[int, int]:
     for name in ("obs", "action"):
         if getattr(example, name).ndim != 1:
             raise ValueError(
-                f"The {name} has shape {getattr(example, name).shape}; this algorithm's networks take vectors. "
+                f"The {name} has shape {getattr(example, name).shape}; these networks take vectors. "
                 "Flatten it in the environment, or write `init` with networks of your own."
             )
     return example.obs.size, example.action.size

@@ -1,9 +1,9 @@
 """SOM: score-based one-step MeanFlow policy optimisation.
 
 Kim, Ki, Ahn and Lee, "Score-Based One-step MeanFlow Policy Optimization", arXiv 2605.23365 (2026). An
-off-policy actor-critic whose policy is a MeanFlow: one network evaluation turns noise into an action. There are
-no samples of the target policy to regress on, so the velocity field comes from the critic: Boltzmann density of
-Q, Monte Carlo estimate of its noised score, probability-flow ODE, MeanFlow identity.
+off-policy actor-critic whose policy is a MeanFlow: one network evaluation turns noise into an action. There
+are no samples of the target policy to regress on, so the velocity field comes from the critic: Boltzmann
+density of Q, Monte Carlo estimate of its noised score, probability-flow ODE, MeanFlow identity.
 
 Notation (paper symbol = name here; t = 0 is the action, t = 1 is noise, as in the paper):
 
@@ -17,16 +17,18 @@ third-party implementation that cites the paper's equations and tables, [L] code
 papers, [I] inferred here, [T] measured by us on a toy. We have not seen the paper's full text or its code.
 
 Differs from the paper, as far as we know it, in:
-- The estimator (field `estimator`). "gradient" is the paper's [3P]; "truncated" draws proposals from the kernel
-  restricted to the action box and never asks the critic about actions outside it [I]; "denoising" is the
-  gradient-free form on unrestricted proposals [I].
+- The estimator (field `estimator`). "gradient" is the paper's [3P]; "truncated" draws its proposals from the
+  kernel restricted to the action box and never asks the critic about actions outside it [I]; "denoising" is
+  the gradient-free form on unrestricted proposals [I].
 - The velocity (field `score_mode`). The paper normalises S to unit length and scales it by w = 25 [3P]; "raw"
   is the plain probability-flow ODE, in its cancellation-free posterior-mean form [I].
+- The scale of Q (field `q_normalization`). The paper divides by the deviation over the batch [3P], most of
+  which is between states and says nothing about actions; "advantage" leaves that part out [I].
 - A tenth of the training intervals (r, t) starts at r = 0 and a tenth ends at t = 1, so that the one interval
   used to act, (0, 1), is trained on [I, T].
 - The regression target may also be the integrated ODE itself (field `target`) [I].
-- Actions are clipped to the box, not squashed by tanh, which would change the density Q was asked about [I, L].
-`SOM.paper()` and `SOM.safe()` set the first two; the README says which the default follows, and why.
+- Actions are clipped to the box, not squashed by tanh, which would change the density Q was asked about [I].
+`SOM.paper()` and `SOM.safe()` set the first three.
 """
 
 import dataclasses
@@ -39,10 +41,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Scalar
 
 from eqgen import meanflow, samplers, scores
 from eqgen.algorithms.base import AbstractAgent, gradient_step, vector_sizes
+from eqgen.exploration import AnnealedNoise, NoiseState, add_noise
 from eqgen.losses import critic_loss, td_target
 from eqgen.networks.critics import QEnsemble
 from eqgen.networks.policies import MeanVelocity
@@ -64,20 +67,19 @@ class SOMState(eqx.Module):
     target_critics: QEnsemble
     actor_opt: optax.OptState
     critic_opt: optax.OptState
-    log_noise: Float[Array, ""]
-    noise_opt: optax.OptState
+    noise: NoiseState
     actor_metrics: Metrics
     step: Int[Array, ""]
 
 
 class SOM(AbstractAgent):
-    """Hyperparameters and methods of SOM. Rewards are multiplied by `reward_scale` before they reach the critic."""
+    """Hyperparameters and methods of SOM."""
 
     # The velocity target
     noise_schedule: AbstractNoiseSchedule = VPLinear(0.1, 20.0)  # [3P] beta_min, beta_max
     inverse_temperature: float = 5.0
     """alpha: the target policy is proportional to exp(alpha Q), with Q normalised as below."""
-    q_normalization: Literal["batch", "advantage", "group", "none"] = "batch"
+    q_normalization: Literal["batch", "advantage", "group", "none"] = "advantage"
     """What the deviation of Q that it is divided by is taken over: all proposals of the batch [3P]; the same
     after subtracting each (s, a_t)'s own mean, so that the spread of values between states does not count [I];
     the proposals of one (s, a_t) [I]; or nothing."""
@@ -101,7 +103,7 @@ class SOM(AbstractAgent):
     ode_tolerance: float = 1e-3
     time_distribution: Literal["uniform", "logit-normal"] = "uniform"
     flow_ratio: float = 0.5
-    """Share of intervals with r = t: plain flow matching. 0.25 in [3P], 0.75 in the MeanFlow paper, 0.5 [I, T]."""
+    """Share of intervals with r = t, plain flow matching: 0.25 [3P], 0.75 in the MeanFlow paper, 0.5 [I, T]."""
     endpoint_fraction: float = 0.1
     t_min: float = 1e-3
     loss_power: float = 1.0
@@ -114,14 +116,13 @@ class SOM(AbstractAgent):
     generation_steps: int = 1
     act_with: Literal["actor", "target_actor"] = "actor"
     exploration: Literal["annealed", "constant", "none"] = "annealed"
-    """Gaussian noise on the chosen action: from 0.5 down to 0.098 [L], always `exploration_std`, or none."""
+    """Gaussian noise on the chosen action: as `noise` says [L], always of `exploration_std`, or none."""
     exploration_std: float = 0.1
-    noise_entropy_per_dim: float = -0.9
-    noise_period: int = 250
-    noise_learning_rate: float = 3e-2
+    noise: AnnealedNoise = AnnealedNoise()
     # Critics and optimisation
     discount: float = 0.99
     reward_scale: float = 0.2
+    """c_r, what rewards are multiplied by before they reach the critics [L]."""
     tau: float = 0.005
     policy_delay: int = 2
     """Updates of the critics per update of the actor and of the target networks [L]."""
@@ -146,15 +147,15 @@ class SOM(AbstractAgent):
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """The paper's estimator and velocity, as far as known [3P]: unit-norm score of the gradient form, w = 25."""
-        fields = dict(estimator="gradient", score_mode="unit", score_weight=25.0, inverse_temperature=1.0)
-        return cls(**(fields | overrides))
+        """The paper's estimator and velocity, as far as known [3P]: gradient form, unit-norm score, w = 25."""
+        estimator = dict(estimator="gradient", q_normalization="batch", inverse_temperature=1.0)
+        return cls(**(estimator | dict(score_mode="unit", score_weight=25.0) | overrides))
 
     @classmethod
     def safe(cls, **overrides: Any) -> Self:
         """Box-aware estimator and the unscaled probability-flow velocity [I]; alpha is a plain temperature."""
-        fields = dict(estimator="truncated", score_mode="raw", inverse_temperature=5.0)
-        return cls(**(fields | overrides))
+        estimator = dict(estimator="truncated", q_normalization="advantage", inverse_temperature=5.0)
+        return cls(**(estimator | dict(score_mode="raw") | overrides))
 
     @classmethod
     def profiles(cls) -> dict[str, Self]:
@@ -198,20 +199,16 @@ class SOM(AbstractAgent):
         num_candidates = self.num_candidates if explore else self.num_eval_candidates
         actor = getattr(state, self.act_with)
         action = self.best_of_n(actor, state.critics, obs, num_candidates, key=candidate_key)
-        return self.add_noise(state, action, key=noise_key) if explore else action
+        return add_noise(action, self.noise_std(state), key=noise_key) if explore else action
 
-    def noise_std(self, state: SOMState) -> Float[Array, ""]:
-        """Standard deviation of the exploration noise: 0.1 exp(log_noise) while annealed."""
-        constant = {"none": 0.0, "constant": self.exploration_std}
+    def noise_std(self, state: SOMState) -> Scalar:
+        """Standard deviation of the exploration noise."""
+        std = {"constant": self.exploration_std, "none": 0.0}
         return (
-            0.1 * jnp.exp(state.log_noise)
+            self.noise.std(state.noise)
             if self.exploration == "annealed"
-            else jnp.array(constant[self.exploration])
+            else jnp.array(std[self.exploration])
         )
-
-    def add_noise(self, state, action, *, key):
-        """The action with exploration noise, inside the box."""
-        return jnp.clip(action + self.noise_std(state) * jr.normal(key, action.shape), -1, 1)
 
     # --- The actor's target: from the critic to a velocity ---
 
@@ -346,7 +343,7 @@ class SOM(AbstractAgent):
         v: Float[Array, "batch act"],
         average: Float[Array, "batch act"] | None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """MeanFlow regression with adaptive weights, onto `average` where it is given, else by the identity."""
+        """MeanFlow regression with adaptive weights, onto `average` if it is given, else by the identity."""
 
         def one(obs, a_t, r, t, v, average):
             u_theta = lambda a, r, t: actor(a, r, t, obs)
@@ -423,7 +420,7 @@ class SOM(AbstractAgent):
                 getattr(state, self.act_with), state.critics, next_obs, self.num_candidates, key=action_key
             )
             if self.noisy_target_action:
-                action = self.add_noise(state, action, key=noise_key)
+                action = add_noise(action, self.noise_std(state), key=noise_key)
             return jnp.min(state.target_critics(next_obs, action))
 
         keys = jr.split(key, len(batch.reward))
@@ -437,10 +434,8 @@ class SOM(AbstractAgent):
         grads, metrics = eqx.filter_grad(critic_loss, has_aux=True)(state.critics, batch, y)
         optimizer = optax.adam(self.critic_learning_rate)
         critics, critic_opt = gradient_step(optimizer, state.critics, state.critic_opt, grads)
-        log_noise, noise_opt = self.anneal_noise(state)
-        state = dataclasses.replace(
-            state, critics=critics, critic_opt=critic_opt, log_noise=log_noise, noise_opt=noise_opt
-        )
+        noise = self.noise.update(state.noise, state.step)
+        state = dataclasses.replace(state, critics=critics, critic_opt=critic_opt, noise=noise)
         due = shared(state.step) % self.policy_delay == 0
         state = filter_cond(due, partial(self.delayed_update, batch=batch, key=actor_key), lambda s: s, state)
         state = dataclasses.replace(state, step=state.step + 1)
@@ -461,18 +456,6 @@ class SOM(AbstractAgent):
             target_critics=polyak(state.target_critics, state.critics, self.tau),
         )
 
-    def anneal_noise(self, state: SOMState) -> tuple[Float[Array, ""], optax.OptState]:
-        """Every `noise_period` updates, one Adam step of log_noise on the gap between the noise's entropy per
-        dimension, 0.5 log(2 pi e std^2), and `noise_entropy_per_dim`. The entropy is known in closed form, so
-        this is a schedule; it ends at std = 0.098 for -0.9."""
-        entropy = 0.5 * jnp.log(2 * jnp.pi * jnp.e) + jnp.log(0.1) + state.log_noise
-        gap = entropy - self.noise_entropy_per_dim
-        optimizer = optax.adam(self.noise_learning_rate)
-        step, opt = optimizer.update(gap, state.noise_opt)
-        due = (state.step + 1) % self.noise_period == 0
-        pick = lambda new, old: jnp.where(due, new, old)
-        return pick(state.log_noise + step, state.log_noise), jax.tree.map(pick, opt, state.noise_opt)
-
     # --- Initial state ---
 
     def init(self, example, *, key):
@@ -483,9 +466,8 @@ class SOM(AbstractAgent):
         return self.from_networks(actor, critics)
 
     def from_networks(self, actor: Any, critics: Any) -> SOMState:
-        """A fresh state around networks of your own: `actor(a, r, t, obs)` with an attribute `action_size`, and
-        `critics(obs, action)` that returns one value per member."""
-        log_noise = jnp.log(jnp.array(5.0, float))
+        """A fresh state around networks of your own: `actor(a, r, t, obs)` with an attribute `action_size`,
+        and `critics(obs, action)` that returns one value per member."""
         names = ("loss", "squared_error", "velocity_norm", "effective_samples")
         return SOMState(
             actor=actor,
@@ -494,8 +476,7 @@ class SOM(AbstractAgent):
             target_critics=tree_copy(critics),
             actor_opt=self.actor_optimizer.init(eqx.filter(actor, eqx.is_inexact_array)),
             critic_opt=optax.adam(self.critic_learning_rate).init(eqx.filter(critics, eqx.is_inexact_array)),
-            log_noise=log_noise,
-            noise_opt=optax.adam(self.noise_learning_rate).init(log_noise),
+            noise=self.noise.init(),
             actor_metrics={f"actor/{name}": jnp.zeros(()) for name in names},
             step=jnp.zeros((), jnp.int32),
         )

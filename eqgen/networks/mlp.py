@@ -1,8 +1,8 @@
 """Multilayer perceptrons whose first layer is split by input.
 
 Two choices make these fast on a CPU. Weights are stored as (in, out), so that a vmapped call is the matrix
-product `X @ W` and its gradient `dY @ W.T`: no transposed copies of the activations. And the first layer keeps
-one block of weights per input: where an input is not mapped over (the observation, when many candidate
+product `X @ W` and its gradient `dY @ W.T`: no transposed copies of the activations. And the first layer
+keeps one block of weights per input: where an input is not mapped over (the observation, when many candidate
 actions are scored), `jax.vmap` computes its share once instead of once per candidate.
 """
 

@@ -1,0 +1,104 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from eqgen.networks.critics import QEnsemble
+from eqgen.networks.embeddings import fourier_features
+from eqgen.networks.mlp import ACTIVATIONS, MLP, mish
+from eqgen.networks.policies import MeanVelocity, TanhGaussianPolicy
+from helpers import assert_trees_close
+
+
+def test_mish_equals_its_definition_in_value_and_derivatives(x64):
+    x = jnp.linspace(-40.0, 40.0, 401)
+    definition = lambda x: x * jnp.tanh(jax.nn.softplus(x))
+    for f, g in [(mish, definition)] + [
+        (jax.vmap(d(mish)), jax.vmap(d(definition)))
+        for d in (jax.grad, jax.jacfwd, lambda h: jax.grad(jax.grad(h)))
+    ]:
+        assert_trees_close(f(x), g(x), rtol=1e-7, atol=1e-8)
+
+
+def test_mish_is_finite_in_single_precision_at_the_extremes():
+    x = jnp.array([-1e30, -100.0, 100.0, 1e30])
+    assert_trees_close(mish(x), jnp.array([0.0, 0.0, 100.0, 1e30]))
+    assert bool(jnp.all(jnp.isfinite(jax.vmap(jax.grad(mish))(x))))
+
+
+def test_split_first_layer_is_the_layer_of_the_concatenation(getkey):
+    net = MLP((3, 2), 4, (8,), "tanh", key=getkey())
+    x, y = jr.normal(getkey(), (3,)), jr.normal(getkey(), (2,))
+    weight = jnp.concatenate(net.layers[0].weights)
+    hidden = jnp.tanh(jnp.concatenate([x, y]) @ weight + net.layers[0].bias)
+    assert_trees_close(net(x, y), hidden @ net.layers[1].weights[0] + net.layers[1].bias)
+
+
+def test_the_share_of_an_unmapped_input_is_computed_once(getkey):
+    """What makes scoring many actions of one observation cheap: no product of (candidates, obs) with weights."""
+    net = MLP((7, 2), "scalar", (8,), key=getkey())
+    obs, actions = jr.normal(getkey(), (7,)), jr.normal(getkey(), (5, 2))
+    jaxpr = jax.make_jaxpr(jax.vmap(lambda a: net(obs, a)))(actions)
+    shapes = [e.invars[0].aval.shape for e in jaxpr.jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert (7,) in shapes and (5, 7) not in shapes
+
+
+def test_wrong_number_of_inputs_is_an_error(getkey):
+    with pytest.raises(ValueError):
+        MLP((3, 2), 4, (8,), key=getkey())(jnp.ones(3))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_by_name(getkey, name):
+    net = MLP((3,), "scalar", (4,), name, key=getkey())
+    assert net(jnp.ones(3)).shape == ()
+
+
+def test_ensemble_values_are_the_members(getkey):
+    critics = QEnsemble(3, 2, (8,), size=4, key=getkey())
+    obs, action = jnp.ones(3), jnp.ones(2)
+    values = critics(obs, action)
+    for i in range(4):
+        member = jax.tree.map(lambda x, i=i: x[i], critics.members)
+        assert_trees_close(values[i], member(obs, action))
+    assert len(np.unique(np.asarray(values))) == 4
+
+
+def test_fourier_features_stay_below_their_highest_frequency():
+    """The derivative in t is bounded by it: MeanFlow differentiates the network in t."""
+    for t in (0.0, 0.3, 1.0):
+        derivative = jax.jacfwd(fourier_features)(t)
+        assert derivative.shape == (16,)
+        assert float(jnp.max(jnp.abs(derivative))) <= 32.0 + 1e-4
+
+
+def test_tanh_gaussian_log_prob_integrates_to_one(x64, getkey):
+    """exp(log_prob) is the density of the sampled action: its integral over (-1, 1) is 1 (change of variables)."""
+    policy = TanhGaussianPolicy(2, 1, (8,), key=getkey())
+    obs = jnp.array([0.3, -0.7])
+    mean, log_std = policy(obs)
+    x = jnp.linspace(-9.0, 9.0, 20001)[:, None] * jnp.exp(log_std) + mean
+    density = jnp.exp(-0.5 * ((x - mean) / jnp.exp(log_std)) ** 2 - log_std) / jnp.sqrt(2 * jnp.pi)
+    action, log_prob = jax.vmap(lambda k: policy.sample(obs, key=k))(jr.split(getkey(), 500))
+    of_action = jnp.interp(action[:, 0], jnp.tanh(x[:, 0]), (density / (1 - jnp.tanh(x) ** 2))[:, 0])
+    assert_trees_close(jnp.exp(log_prob), of_action, rtol=1e-4)
+    assert_trees_close(jnp.trapezoid(density[:, 0], x[:, 0]), jnp.array(1.0), rtol=1e-6)
+
+
+def test_tanh_gaussian_log_prob_is_finite_when_saturated(getkey):
+    policy = TanhGaussianPolicy(1, 1, (4,), key=getkey())
+    far = eqx.tree_at(lambda p: p.net.layers[-1].bias, policy, jnp.array([50.0, 0.0]))
+    _, log_prob = far.sample(jnp.zeros(1), key=getkey())
+    assert bool(jnp.isfinite(log_prob))
+    assert bool(jnp.all(jnp.isfinite(jax.grad(lambda o: far.sample(o, key=jr.key(0))[1])(jnp.zeros(1)))))
+
+
+def test_mean_velocity_depends_on_both_times(getkey):
+    net = MeanVelocity(3, 2, (16,), key=getkey())
+    x, obs = jnp.ones(2), jnp.ones(3)
+    at = lambda r, t: net(x, jnp.array(r), jnp.array(t), obs)
+    assert at(0.0, 1.0).shape == (2,)
+    assert not jnp.allclose(at(0.0, 1.0), at(0.5, 1.0))
+    assert not jnp.allclose(at(0.0, 1.0), at(0.0, 0.5))

@@ -1,0 +1,124 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+
+from eqgen.tree import (
+    all_finite,
+    ensemble,
+    filter_cond,
+    filter_fori_loop,
+    filter_scan,
+    polyak,
+    shared,
+    tree_copy,
+    vmap_in_blocks,
+)
+from helpers import assert_trees_close
+
+
+def mlp(key):
+    return eqx.nn.MLP(2, 2, 4, 1, key=key)  # its activation functions are leaves that are not arrays
+
+
+def grown(model, x):
+    return jax.tree.map(lambda leaf: leaf + x if eqx.is_array(leaf) else leaf, model)
+
+
+def test_filter_scan_equals_the_loop(getkey):
+    model = mlp(getkey())
+    step = lambda m, x: (grown(m, x), m.layers[0].bias)
+    scanned, biases = filter_scan(step, model, jnp.arange(3.0))
+    looped = model
+    for x in jnp.arange(3.0):
+        looped = grown(looped, x)
+    assert_trees_close(scanned, looped)
+    assert biases.shape == (3, 4)
+
+
+def test_filter_scan_refuses_a_changed_static_leaf(getkey):
+    changed = lambda m, _: (eqx.tree_at(lambda m: m.activation, m, jnp.tanh), None)
+    with pytest.raises(ValueError, match="non-array leaf"):
+        filter_scan(changed, mlp(getkey()), None, length=2)
+
+
+def test_filter_fori_loop_equals_the_scan_and_compiles_once_for_all_lengths(getkey):
+    model = mlp(getkey())
+    traces = []
+
+    @eqx.filter_jit
+    def run(model, stop):
+        traces.append(None)
+        return filter_fori_loop(0, stop, lambda i, m: grown(m, i), model)
+
+    for stop in (1, 4):
+        expected, _ = filter_scan(lambda m, x: (grown(m, x), None), model, jnp.arange(stop))
+        assert_trees_close(run(model, jnp.int32(stop)), expected)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("pred", [True, False])
+def test_filter_cond_takes_the_branch(getkey, pred):
+    model = mlp(getkey())
+    out = filter_cond(jnp.array(pred), lambda m: grown(m, 1.0), lambda m: m, model)
+    assert_trees_close(out, grown(model, 1.0) if pred else model)
+
+
+def test_filter_cond_refuses_branches_with_different_static_leaves(getkey):
+    other = lambda m: eqx.tree_at(lambda m: m.activation, m, jnp.tanh)
+    with pytest.raises(ValueError, match="branches"):
+        filter_cond(jnp.array(True), other, lambda m: m, mlp(getkey()))
+
+
+def test_shared_keeps_a_branch_a_branch_under_vmap():
+    def f(step, x):
+        return jax.lax.cond(shared(step) % 2 == 0, jnp.sin, jnp.cos, x)
+
+    jaxpr = str(jax.make_jaxpr(jax.vmap(f))(jnp.zeros(3, int), jnp.ones(3)))
+    assert "cond[" in jaxpr  # without `shared` it would be a select over both branches
+    assert "cond[" not in str(
+        jax.make_jaxpr(jax.vmap(lambda s, x: jax.lax.cond(s % 2 == 0, jnp.sin, jnp.cos, x)))(
+            jnp.zeros(3, int), jnp.ones(3)
+        )
+    )
+    assert_trees_close(jax.vmap(f)(jnp.ones(3, int), jnp.ones(3)), jnp.cos(jnp.ones(3)))
+
+
+@pytest.mark.parametrize("block", [1, 4, 10, 64])
+def test_blocks_change_nothing(getkey, block):
+    xs, weights = jr.normal(getkey(), (10, 3)), jr.normal(getkey(), (3, 2))
+    fn = lambda x, i: (x @ weights, i + 1)
+    assert_trees_close(vmap_in_blocks(fn, xs, jnp.arange(10), block=block), jax.vmap(fn)(xs, jnp.arange(10)))
+
+
+def test_ensemble_members_are_independent_and_equal_separate_ones(getkey):
+    key = getkey()
+    stack = ensemble(mlp, 3, key=key)
+    for i, member_key in enumerate(jr.split(key, 3)):
+        member = jax.tree.map(lambda x, i=i: x[i] if eqx.is_array(x) else x, stack)
+        assert_trees_close(member, mlp(member_key))
+    assert not jnp.allclose(stack.layers[0].weight[0], stack.layers[0].weight[1])
+
+
+def test_polyak_is_the_exponential_average_with_its_closed_form():
+    target, online = {"w": jnp.zeros(2), "n": jnp.int32(1)}, {"w": jnp.ones(2), "n": jnp.int32(7)}
+    for _ in range(10):
+        target = polyak(target, online, 0.1)
+    assert_trees_close(target, {"w": jnp.full(2, 1 - 0.9**10), "n": jnp.int32(7)})
+    assert_trees_close(polyak(target, online, 1.0), online)
+    assert_trees_close(polyak(target, online, 0.0)["w"], target["w"])
+
+
+def test_tree_copy_survives_the_donation_of_the_original():
+    tree = {"w": jnp.ones(3), "f": jnp.tanh}
+    copy = tree_copy(tree)
+    tree["w"].delete()
+    assert_trees_close(copy["w"], jnp.ones(3))
+    assert copy["f"] is jnp.tanh
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_all_finite(bad):
+    assert all_finite({"a": jnp.ones(2), "n": jnp.int32(3), "f": jnp.tanh})
+    assert not all_finite({"a": jnp.ones(2), "b": jnp.array([0.0, bad])})
