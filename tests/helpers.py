@@ -54,3 +54,8 @@ def typechecked(function: Callable) -> Callable:
     hints = {name: hint for name, hint in function.__annotations__.items() if "Self" not in str(hint)}
     function.__annotations__ = hints
     return beartype(function)
+
+
+def take(tree: Any, i: int) -> Any:
+    """Entry `i` along the leading axis of every array."""
+    return jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, tree)

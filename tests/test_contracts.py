@@ -17,7 +17,7 @@ from eqgen.algorithms.base import AbstractAgent, AbstractLearner
 from eqgen.envs.base import example_transition
 from eqgen.tree import filter_scan
 from eqgen.types import Transition
-from helpers import assert_trees_close
+from helpers import assert_trees_close, take
 
 
 OBS, ACT, BATCH = 3, 2, 16
@@ -120,7 +120,7 @@ def test_scan_equals_loop(cls):
     scanned, metrics = eqx.filter_jit(lambda state: filter_scan(step, state, (data, keys)))(later)
     looped = later
     for i in range(3):
-        looped, last = update(looped, jax.tree.map(lambda x: x[i], data), keys[i])
+        looped, last = update(looped, take(data, i), keys[i])
     # The compiler fuses the body of a scan differently; three Adam steps of 3e-4 amplify rounding.
     assert_trees_close(scanned, looped, rtol=1e-3, atol=2e-4)
     assert_trees_close(jax.tree.map(lambda x: x[-1], metrics), last, rtol=1e-2, atol=1e-3)
@@ -135,10 +135,9 @@ def test_vmap_over_seeds_equals_separate_runs(cls):
     data = batch(jr.key(9), 2)
     together = eqx.filter_jit(eqx.filter_vmap(lambda s, b, k: agent.update(s, b, key=k)))(stacked, data, keys)
     for i in range(2):
-        take = lambda tree: jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, tree)
-        alone = update(agent.init(example, key=keys[i]), take(data), keys[i])
+        alone = update(agent.init(example, key=keys[i]), take(data, i), keys[i])
         # Batched matrix products sum in another order; the first Adam step is the sign of the gradient.
-        assert_trees_close(take(together), alone, rtol=1e-3, atol=7e-4)
+        assert_trees_close(take(together, i), alone, rtol=1e-3, atol=7e-4)
 
 
 @agents

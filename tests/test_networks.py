@@ -9,7 +9,7 @@ from eqgen.networks.critics import QEnsemble
 from eqgen.networks.embeddings import fourier_features
 from eqgen.networks.mlp import ACTIVATIONS, MLP, mish
 from eqgen.networks.policies import MeanVelocity, TanhGaussianPolicy
-from helpers import assert_trees_close
+from helpers import assert_trees_close, take
 
 
 def test_mish_equals_its_definition_in_value_and_derivatives(x64):
@@ -61,7 +61,7 @@ def test_ensemble_values_are_the_members(getkey):
     obs, action = jnp.ones(3), jnp.ones(2)
     values = critics(obs, action)
     for i in range(4):
-        member = jax.tree.map(lambda x, i=i: x[i], critics.members)
+        member = take(critics.members, i)
         assert_trees_close(values[i], member(obs, action))
     assert len(np.unique(np.asarray(values))) == 4
 
