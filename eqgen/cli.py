@@ -234,6 +234,28 @@ def plot(runs: Positional[tuple[Path, ...]], out: Path | None = None, metric: st
         print(path)
 
 
+def render(
+    run: Positional[Path],
+    out: Path | None = None,
+    trained_seed: int | None = None,
+    episodes: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Make a clip of what a run's policy does, as GIF or MP4.
+
+    Args:
+        run: The run directory.
+        out: The clip, *.gif or *.mp4; policy.gif in the run if not given.
+        trained_seed: Whose policy; the first of the run if not given.
+        episodes: How many; one if not given.
+        seed: Of the episodes.
+    """
+    from eqgen import experiments
+
+    path, returns = experiments.render(run, out, trained_seed=trained_seed, episodes=episodes, seed=seed)
+    print(f"{path}  (return {', '.join(f'{x:.1f}' for x in returns)})")
+
+
 def list_() -> None:
     """List algorithms and environments."""
     from eqgen import experiments
@@ -247,4 +269,11 @@ def list_() -> None:
     print("\n".join(f"  {name}" for name in catalog.available()))
 
 
-_COMMANDS = {"train": train, "resume": resume, "evaluate": evaluate, "plot": plot, "list": list_}
+_COMMANDS = {
+    "train": train,
+    "resume": resume,
+    "evaluate": evaluate,
+    "plot": plot,
+    "render": render,
+    "list": list_,
+}

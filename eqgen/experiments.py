@@ -197,7 +197,7 @@ def _drive(run, experiment, env, state, metadata, verbose):
     with ExitStack() as stack:
         sinks = [run]
         if experiment.tensorboard:
-            sinks.append(stack.enter_context(closing(TensorBoard(run.path, first if saved else -1))))
+            sinks.append(stack.enter_context(closing(TensorBoard(run.path, -1 if saved is None else saved))))
         hidden = None if verbose else True  # None: hidden unless on a terminal
         bar = stack.enter_context(tqdm(total=total, initial=first, unit="step", disable=hidden))
         stop = stack.enter_context(_StopOnSignal())
@@ -296,6 +296,7 @@ def _report(bar, progress, verbose):
             f"step {progress.env_step:>8}  updates {progress.num_updates:>8}  "
             f"{records[0]['wall_time']:7.1f} s  evaluation return {np.mean(returns):9.1f}{each}"
         )
+        sys.stdout.flush()
 
 
 def trained_policies(out: str | Path) -> tuple[Experiment, Any, list[Policy], int]:
@@ -352,15 +353,51 @@ def plot(outs: Sequence[str | Path], path: str | Path, *, metric: str = "eval/re
     experiments = [Experiment.from_json(run.settings) for run in runs]
     names = [type(experiment.agent).__name__ for experiment in experiments]
     same = len(set(names)) < len(names)
-    fig, ax = plotting.subplots()
-    for run, name in zip(runs, names):
-        steps, values = run.curve(metric)
-        label = f"{name} ({run.path.name})" if same else name
-        caption = plotting.learning_curve(ax, steps, values, label=label, show_seeds=len(values) < 5)
-        if len(runs) == 1:
-            ax.set_title(f"{label} on {experiments[0].env}: {caption}")
-    if len(runs) > 1:
+    with plotting.style():
+        fig, ax = plotting.subplots()
+        captions = []
+        for run, name in zip(runs, names):
+            steps, values = run.curve(metric)
+            label = f"{name} ({run.path.name})" if same else name
+            show_seeds = len(values) < 5  # too few for an interval to mean much
+            captions.append(plotting.learning_curve(ax, steps, values, label=label, show_seeds=show_seeds))
+        envs = ", ".join(sorted({experiment.env for experiment in experiments}))
+        ax.set_title(f"{envs}\n{'; '.join(dict.fromkeys(captions))}", loc="left", fontsize=7)
         ax.legend()
-        ax.set_title(", ".join(sorted({experiment.env for experiment in experiments})))
-    ax.set(xlabel="environment steps", ylabel=metric.replace("eval/return", "evaluation return"))
-    return plotting.save(fig, path)
+        ax.set(xlabel="environment steps", ylabel=metric.replace("eval/return", "evaluation return"))
+        return plotting.save(fig, path)
+
+
+def render(
+    out: str | Path,
+    path: str | Path | None = None,
+    *,
+    trained_seed: int | None = None,
+    episodes: int | None = None,
+    seed: int = 0,
+) -> tuple[Path, list[float]]:
+    """Makes a clip of what a run's policy does at its newest good checkpoint.
+
+    **Arguments:**
+
+    - `path`: a GIF or MP4; `policy.gif` in the run if None.
+    - `trained_seed`: whose policy; the first if None.
+    - `episodes`, `seed`: how many (None: one, or enough actions of a bandit), and their seed.
+
+    **Returns:** the file written and the return of each episode as far as it is shown.
+    """
+    from eqgen import rendering
+
+    experiment, env, policies, _ = trained_policies(out)
+    trained_seed = experiment.seeds[0] if trained_seed is None else trained_seed
+    if trained_seed not in experiment.seeds:
+        raise ExperimentError(
+            f"{out} has no seed {trained_seed}; it has {', '.join(map(str, experiment.seeds))}."
+        )
+    policy = policies[experiment.seeds.index(trained_seed)]
+    path = Path(path or Path(out) / "policy.gif")
+    try:
+        returns = rendering.render_policy(policy, env, path=path, key=jr.key(seed), num_episodes=episodes)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ExperimentError(str(error)) from error
+    return path, returns

@@ -1,11 +1,13 @@
 """One look for every figure: sizes, colours and the few kinds of picture that eqgen draws.
 
-The only module that imports matplotlib. `use_style()` once at the top of a notebook or script, then ordinary
-matplotlib with these helpers. Colours are those of Okabe and Ito (2008), told apart under the common forms
-of colour blindness; curves of different methods should differ in line style or label as well.
+The only module that imports matplotlib. Call `use_style()` once at the top of a notebook or script, then use
+ordinary matplotlib with these helpers; inside a library, draw in a `with style():` block. Colours are those of
+Okabe and Ito (2008), told apart under the common forms of colour blindness; curves of different methods should
+differ in line style or label as well.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
@@ -53,7 +55,7 @@ STYLE = {
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
 }
-"""The rcParams; `plt.rc_context(STYLE)` applies them to one block only."""
+"""The rcParams of every figure."""
 
 _BAND_NAMES = {
     "ci": "95 % bootstrap interval",
@@ -71,11 +73,16 @@ def use_style() -> None:
     plt.rcParams.update(STYLE)
 
 
+def style() -> AbstractContextManager:
+    """`with style():` applies `STYLE` to what is drawn inside, and to nothing else."""
+    return plt.rc_context(STYLE)
+
+
 def subplots(
     rows: int = 1, columns: int = 1, *, width: float = COLUMN_WIDTH, aspect: float = 0.7, **kwargs
 ) -> tuple[Figure, Axes | np.ndarray]:
-    """`plt.subplots` in `STYLE`, `width` inches wide in all, each panel `aspect` times as high as wide."""
-    with plt.rc_context(STYLE):
+    """`plt.subplots`, `width` inches wide in all, each panel `aspect` times as high as wide."""
+    with style():
         return plt.subplots(rows, columns, figsize=(width, width / columns * aspect * rows), **kwargs)
 
 
@@ -107,6 +114,8 @@ def learning_curve(
     steps, values = np.asarray(steps), np.asarray(values)
     if values.ndim != 2 or values.shape[1:] != steps.shape:
         raise ValueError(f"values has shape {values.shape}; (seeds, {steps.size}) is needed.")
+    if steps.size == 1:  # which a line would not show
+        style = {"marker": "o"} | style
     (line,) = ax.plot(steps, values.mean(0), label=label, **style)
     if len(values) == 1:
         return "1 seed"

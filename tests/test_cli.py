@@ -164,6 +164,12 @@ def test_plot_writes_beside_the_run(run, capsys):
     assert (run / "learning_curve.png").exists() and "learning_curve.png" in capsys.readouterr().out
 
 
+def test_render_writes_beside_the_run(run, capsys):
+    assert cli.main(["render", str(run), "--trained-seed", "1"]) == 0
+    assert (run / "policy.gif").read_bytes().startswith(b"GIF89a")
+    assert "policy.gif  (return" in capsys.readouterr().out
+
+
 def test_interrupt_has_its_exit_code(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise experiments.Interrupted("Saved step 30. Go on with: eqgen resume runs/x", 15)
@@ -186,7 +192,11 @@ def test_mistakes_are_one_line(run, capsys, tmp_path):
     assert "probe/both" in refused(capsys, "train", "sac", "--env", "probe/bth", "--out", str(tmp_path / "x"))
     again = refused(capsys, "train", "sac", "--env", "probe/both", "--out", str(run), *TINY)
     assert f"eqgen resume {run}" in again
-    for command in ("resume", "evaluate", "plot"):
+    assert "has no seed 7; it has 0, 1" in refused(capsys, "render", str(run), "--trained-seed", "7")
+    assert "x.png: a clip is written as .gif" in refused(
+        capsys, "render", str(run), "--out", str(tmp_path / "x.png")
+    )
+    for command in ("resume", "evaluate", "plot", "render"):
         assert "is not a run" in refused(capsys, command, str(tmp_path / "nothing"))
     assert "no values of 'loss'" in refused(capsys, "plot", str(run), "--metric", "loss")
 
@@ -215,7 +225,9 @@ def test_help_does_not_load_jax():
     code = "import sys; from eqgen.cli import main; main(['--help']); assert 'jax' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(f"  {name} " in done.stdout for name in ("train", "resume", "evaluate", "plot", "list"))
+    assert all(
+        f"  {name} " in done.stdout for name in ("train", "resume", "evaluate", "plot", "render", "list")
+    )
 
 
 def test_compilation_cache_is_in_the_user_folder_and_can_be_chosen(tmp_path, monkeypatch):

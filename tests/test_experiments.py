@@ -272,3 +272,15 @@ def test_plot_writes_both_formats(finished, tmp_path):
     assert sorted(path.name for path in paths) == ["curve.pdf", "curve.png"]
     with pytest.raises(RunError, match="no values of 'eval/retrun'"):
         experiments.plot([finished.path], tmp_path / "curve.png", metric="eval/retrun")
+
+
+@pytest.mark.slow
+def test_interrupted_run_on_the_host_goes_on_exactly(tmp_path, monkeypatch):
+    """MuJoCo's simulators are restored from the checkpoint as well."""
+    settings = dataclasses.replace(SETTINGS, num_envs=2)
+    whole = train(tmp_path / "whole", env="mujoco/Hopper-v5", settings=settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "train_online", at_step(30, lambda _: os.kill(os.getpid(), signal.SIGINT)))
+        with pytest.raises(Interrupted):
+            train(tmp_path / "x", env="mujoco/Hopper-v5", settings=settings)
+    assert_same_run(experiments.resume(tmp_path / "x", verbose=False), whole)

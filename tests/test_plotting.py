@@ -47,6 +47,12 @@ def test_learning_curve_draws_mean_and_named_band(band):
     assert caption.endswith("over 3 seeds") and plotting._BAND_NAMES[band] in caption
 
 
+def test_single_time_is_visible():
+    _, ax = plotting.subplots()
+    plotting.learning_curve(ax, np.arange(1), VALUES[:, :1])
+    assert ax.lines[0].get_marker() == "o"
+
+
 def test_single_seed_has_no_band():
     _, ax = plotting.subplots()
     assert plotting.learning_curve(ax, np.arange(3), VALUES[:1]) == "1 seed"
@@ -112,7 +118,7 @@ def test_failed_save_keeps_the_previous_figure(tmp_path, monkeypatch):
 
 def test_style_leaves_the_defaults_of_others_alone():
     before = plt.rcParams["font.size"]
-    with plt.rc_context(plotting.STYLE):
+    with plotting.style():
         assert plt.rcParams["font.size"] == 8
     plotting.subplots()
     assert plt.rcParams["font.size"] == before
