@@ -1,0 +1,187 @@
+"""The loop: what it stores, that it stops and goes on exactly, that seeds are separate, that it refuses NaN."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqgen.algorithms.sac import SAC
+from eqgen.envs.base import AbstractEnv
+from eqgen.envs.catalog import make
+from eqgen.training import NonFiniteError, OnlineSettings, init_online, seed_slice, train_online
+from eqgen.types import TimeStep
+from helpers import assert_trees_close, take
+
+
+class Counter(AbstractEnv):
+    """Counts its steps: obs (episode length so far,), terminates at 3 or, if `clock`, is truncated there."""
+
+    name: str = "test/counter"
+    obs_shape: tuple[int, ...] = (1,)
+    action_dim: int = 1
+    max_steps: int = 3
+    clock: bool = False
+    nan_at: int = -1
+
+    def reset(self, *, key):
+        return jnp.zeros(()), jnp.zeros(1)
+
+    def step(self, state, action, *, key):
+        state = state + 1
+        obs = jnp.where(state == self.nan_at, jnp.nan, state)[None]
+        over = state >= 3
+        return state, TimeStep(obs, state * 10, over & (not self.clock), over & self.clock)
+
+
+SETTINGS = OnlineSettings(
+    total_steps=40,
+    num_envs=2,
+    warmup_steps=10,
+    batch_size=8,
+    log_every=10,
+    eval_every=20,
+    eval_episodes=2,
+    checkpoint_every=20,
+)
+
+
+def run(agent, env, settings=SETTINGS, seeds=(0, 1), state=None, until=None):
+    """All progress (records, and the last state) up to environment step `until`."""
+    records = []
+    for progress in train_online(agent, env, settings, seeds=seeds, state=state):
+        records += progress.records
+        # Copied, because the loop reuses the replay and environments of a state once it goes on.
+        last = jax.tree.map(lambda x: np.array(x) if eqx.is_array(x) else x, progress.state)
+        if progress.env_step == until:
+            break
+    return [{k: v for k, v in record.items() if k != "wall_time"} for record in records], last
+
+
+def as_arrays(state):
+    """A saved state, as loading it gives it: on the device again."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, state)
+
+
+@pytest.mark.parametrize("clock", [False, True])
+def test_replay_holds_true_next_observations_and_both_flags(clock):
+    _, state = run(SAC.tiny(), Counter(clock=clock), seeds=(0,), until=10)
+    replay = seed_slice(state.replay, 0)
+    assert int(replay.size) == 10
+    data = jax.tree.map(lambda x: x[:10], replay.data)
+    assert_trees_close(data.next_obs, data.obs + 1)  # never the first observation of the next episode
+    assert set(np.asarray(data.obs)[:, 0]) == {0.0, 1.0, 2.0}
+    over = np.asarray(data.next_obs)[:, 0] == 3
+    assert np.array_equal(data.truncated if clock else data.terminated, over)
+    assert not np.any(data.terminated if clock else data.truncated)
+
+
+def test_records_have_the_returns_of_finished_episodes_and_the_schedule_of_steps():
+    records, _ = run(SAC.tiny(), Counter(), seeds=(7,))
+    assert [r["env_step"] for r in records] == [0, 10, 20, 30, 40]
+    assert [r["updates"] for r in records] == [0, 0, 5, 10, 15]
+    assert [("eval/return" in r) for r in records] == [True, False, True, False, True]
+    for record in records[1:]:
+        assert record["train/return"] == 60.0  # 10 + 20 + 30
+    assert records[0]["eval/returns"] == [60.0, 60.0] and records[0]["eval/length"] == 3.0
+    assert "greedy" in records[0]["eval/policy"]
+    assert sum(r["train/episodes"] for r in records[1:]) == 2 * (20 // 3)
+    assert all(r["seed"] == 7 for r in records)
+
+
+def test_training_2n_equals_n_stopped_and_n_more_to_the_last_bit():
+    env, agent = make("gymnax/Pendulum-v1"), SAC.tiny()
+    records, whole = run(agent, env)
+    first, half = run(agent, env, until=20)
+    rest, again = run(agent, env, state=as_arrays(half))
+    assert first + rest == records
+    assert_trees_close(again, whole, rtol=0, atol=0)
+
+
+def test_a_seed_does_not_depend_on_the_seeds_beside_it():
+    env, agent = make("gymnax/Pendulum-v1"), SAC.tiny()
+    settings = dataclasses.replace(SETTINGS, total_steps=20, eval_every=0)
+    _, together = run(agent, env, settings, seeds=(3, 5))
+    _, alone = run(agent, env, settings, seeds=(5,))
+    # Warm-up data are the same to the last bit; updates are batched matrix products, which sum in another order.
+    assert_trees_close(
+        take(together.replay.data.obs, 1)[:10], take(alone.replay.data.obs, 0)[:10], rtol=0, atol=0
+    )
+    assert_trees_close(seed_slice(together.agent, 1), seed_slice(alone.agent, 0), rtol=1e-3, atol=1e-4)
+    assert not np.allclose(take(together.replay.data.obs, 0)[:10], take(together.replay.data.obs, 1)[:10])
+
+
+def test_host_and_jax_loops_store_and_learn_alike():
+    """The same first iterations through a host environment: stored, tallied and updated by the same functions."""
+    env, agent = make("mujoco/InvertedPendulum-v5"), SAC.tiny()
+    records, state = run(agent, env, seeds=(0,))
+    assert [r["env_step"] for r in records] == [0, 10, 20, 30, 40]
+    replay = seed_slice(state.replay, 0)
+    obs, next_obs = np.asarray(replay.data.obs), np.asarray(replay.data.next_obs)
+    going_on = ~np.asarray(replay.data.terminated | replay.data.truncated)
+    # Rows alternate between the two environments, so row i + 2 goes on from row i.
+    for i in np.flatnonzero(going_on[:38]):
+        np.testing.assert_array_equal(obs[i + 2], next_obs[i])
+    assert bool(jnp.isfinite(records[-1]["critic/loss"]))
+
+
+def test_host_training_goes_on_to_the_last_bit():
+    env, agent = make("mujoco/InvertedPendulum-v5"), SAC.tiny()
+    records, whole = run(agent, env, seeds=(0,))
+    first, half = run(agent, env, seeds=(0,), until=20)
+    rest, again = run(agent, env, seeds=(0,), state=as_arrays(half))
+    assert first + rest == records
+    assert_trees_close(again, whole, rtol=0, atol=0)
+
+
+def test_a_nan_observation_stops_the_run_and_names_seed_and_step():
+    generator = train_online(SAC.tiny(), Counter(nan_at=2), SETTINGS, seeds=(4,))
+    with pytest.raises(NonFiniteError, match="observation of seed 4 .* step 10"):
+        list(generator)
+
+
+def test_a_diverging_loss_stops_the_run_and_names_the_metric():
+    agent = dataclasses.replace(SAC.tiny(), critic_learning_rate=float("nan"))
+    steps = []
+    with pytest.raises(NonFiniteError, match="critic/.* of seed 0 is nan"):
+        for progress in train_online(agent, Counter(), SETTINGS, seeds=(0,)):
+            steps.append(progress.env_step)
+    assert steps == [0, 10]  # the last good state was yielded, the bad one not
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(total_steps=0), "total_steps is 0"),
+        (dict(num_envs=3), "multiple of num_envs=3"),
+        (dict(warmup_steps=0), "warmup_steps is 0"),
+        (dict(eval_every=15), "eval_every is 15"),
+        (dict(buffer_capacity=1), "buffer_capacity is 1"),
+        (dict(batch_size=-1), "batch_size is -1"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SETTINGS, **changes)
+
+
+@pytest.mark.parametrize("size", ["smoke", "cpu", "paper"])
+@pytest.mark.parametrize("env", ["gymnax/Pendulum-v1", "mujoco/Hopper-v5"])
+def test_presets_are_possible_settings(size, env):
+    assert OnlineSettings.preset(size, env).total_steps >= 300
+
+
+def test_the_buffer_never_allocates_more_than_the_run_can_fill():
+    settings = dataclasses.replace(SETTINGS, buffer_capacity=10**6)
+    state = init_online(SAC.tiny(), Counter(), settings, seeds=(0, 1))
+    assert state.replay.data.reward.shape == (2, 40)
+
+
+def test_different_seeds_have_different_parameters_and_resets():
+    state = init_online(SAC.tiny(), make("gymnax/Pendulum-v1"), SETTINGS, seeds=(0, 1))
+    assert not np.allclose(*state.agent.actor.net.layers[0].bias)
+    assert not np.allclose(state.obs[0], state.obs[1])
+    again = init_online(SAC.tiny(), make("gymnax/Pendulum-v1"), SETTINGS, seeds=(1,))
+    assert_trees_close(again.obs[0], state.obs[1], rtol=0, atol=0)
