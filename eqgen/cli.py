@@ -62,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether the error's message was written for the user."""
+    """Whether the error's message is enough for the user: no permission, a full disk, or one of our own."""
     from eqgen.checkpoint import CheckpointError
     from eqgen.experiments import ExperimentError
     from eqgen.hyperparameters import HyperparametersError
     from eqgen.runs import RunError
 
-    return isinstance(error, CheckpointError | ExperimentError | HyperparametersError | RunError)
+    return isinstance(error, CheckpointError | ExperimentError | HyperparametersError | RunError | OSError)
 
 
 def _fail(message: str) -> int:

@@ -121,7 +121,7 @@ class Experiment:
             env = catalog.make(self.env)
             example = example_transition(env.obs_shape, env.action_dim)
             eqx.filter_eval_shape(self.agent.init, example, key=jr.key(0))
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise ExperimentError(str(error)) from error
         return env
 

@@ -201,6 +201,14 @@ def test_mistakes_are_one_line(run, capsys, tmp_path):
     assert "no values of 'loss'" in refused(capsys, "plot", str(run), "--metric", "loss")
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    error = refused(
+        capsys, "train", "sac", "--env", "probe/both", "--out", str(tmp_path / "file" / "x"), *TINY
+    )
+    assert "Not a directory" in error
+
+
 def test_train_without_algorithm_names_them(capsys):
     assert cli.main(["train"]) == 2
     assert "sac, som" in capsys.readouterr().out
