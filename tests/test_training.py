@@ -145,7 +145,7 @@ def test_a_nan_observation_stops_the_run_and_names_seed_and_step():
 def test_a_diverging_loss_stops_the_run_and_names_the_metric():
     agent = dataclasses.replace(SAC.tiny(), critic_learning_rate=float("nan"))
     steps = []
-    with pytest.raises(NonFiniteError, match="critic/.* of seed 0 is nan"):
+    with pytest.raises(NonFiniteError, match="The metric .* of seed 0 is nan at environment step 20"):
         for progress in train_online(agent, Counter(), SETTINGS, seeds=(0,)):
             steps.append(progress.env_step)
     assert steps == [0, 10]  # the last good state was yielded, the bad one not
