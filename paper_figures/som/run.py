@@ -37,6 +37,8 @@ class Row:
     seeds: tuple[int, ...]
     changes: dict = dataclasses.field(default_factory=dict)
     """Fields of `OnlineSettings` that differ from the preset's."""
+    agent: dict = dataclasses.field(default_factory=dict)
+    """Fields of every agent that differ from the size's."""
 
     @property
     def settings(self) -> OnlineSettings:
@@ -56,7 +58,7 @@ EXPERIMENTS = {
 def run(name: str, agent_name: str, folder: Path = Path("runs/som"), results: Path = RESULTS) -> Path:
     """Trains (or goes on training) one agent of one row, and writes its result file."""
     row = EXPERIMENTS[name]
-    agent = AGENTS[agent_name].resized(row.size)
+    agent = dataclasses.replace(AGENTS[agent_name].resized(row.size), **row.agent)
     out = folder / f"{name}_{agent_name}"
     if out.exists():
         finished = experiments.resume(out)
