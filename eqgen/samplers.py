@@ -53,7 +53,14 @@ def karras_grid(
     """
     _check_num_steps(num_steps)
     levels = jnp.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps + 1)
-    return _times(-2 * rho * jnp.log(levels), schedule, "Choose sigma_min and sigma_max within its range.")
+    ts = jax.vmap(schedule.time_of_log_snr)(-2 * rho * jnp.log(levels))
+    known = _concrete(ts)
+    if known is not None and not np.all((known > -1e-4) & (known < 1 + 1e-4)):
+        raise ValueError(
+            f"{schedule} does not have sigma / alpha from sigma_max = {sigma_max} to sigma_min = {sigma_min} "
+            f"within [0, 1]: ts = {known}. Choose levels within its range."
+        )
+    return jnp.clip(ts, 0, 1)
 
 
 def log_snr_grid(
@@ -64,8 +71,14 @@ def log_snr_grid(
     **Raises:** `ValueError` when the log-SNR is infinite at an end.
     """
     _check_num_steps(num_steps)
-    log_snr = jnp.linspace(schedule.log_snr(t_max), schedule.log_snr(t_min), num_steps + 1)
-    return _times(log_snr, schedule, "Choose t_max < 1 and t_min > 0.")
+    start, end = schedule.log_snr(t_max), schedule.log_snr(t_min)
+    known = _concrete(jnp.stack([start, end]))
+    if known is not None and not np.all(np.isfinite(known)):
+        raise ValueError(
+            f"The log-SNR of {schedule} is {known[0]} at t_max = {t_max} and {known[1]} at t_min = {t_min}. "
+            "Choose t_max < 1 and t_min > 0."
+        )
+    return jax.vmap(schedule.time_of_log_snr)(jnp.linspace(start, end, num_steps + 1))
 
 
 def ddim(
@@ -202,17 +215,6 @@ def _check_grid(ts: Array, x: Array) -> Array:
 def _check_num_steps(num_steps: int) -> None:
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
-
-
-def _times(log_snr: Array, schedule: AbstractNoiseSchedule, remedy: str) -> Array:
-    """The times of a grid of log-SNRs; those a rounding error outside [0, 1] are put on its edge."""
-    ts = jax.vmap(schedule.time_of_log_snr)(log_snr)
-    known = _concrete(ts)
-    if known is not None and not np.all((known > -1e-4) & (known < 1 + 1e-4)):
-        raise ValueError(
-            f"{schedule} does not reach these noise levels within [0, 1]: ts = {known}. {remedy}"
-        )
-    return jnp.clip(ts, 0, 1)
 
 
 def _concrete(ts: Array) -> np.ndarray | None:
