@@ -56,16 +56,18 @@ class HostEnv(eqx.Module):
     action_dim: int
     max_steps: int
     """Steps after which an episode is truncated."""
+    steps_per_second: int
+    """How many steps make a second of simulated time."""
 
     def __init__(self, gymnasium_id: str):
         """**Arguments:** `gymnasium_id`, such as `"HalfCheetah-v5"`: any task that `HostVectorEnv` takes."""
         env = _make(gymnasium_id)
-        is_mujoco = isinstance(env.unwrapped, gymnasium.envs.mujoco.MujocoEnv)
-        self.name = f"{'mujoco' if is_mujoco else 'gymnasium'}/{gymnasium_id}"
+        self.name = f"{'mujoco' if _is_mujoco(env) else 'gymnasium'}/{gymnasium_id}"
         self.gymnasium_id = gymnasium_id
         self.obs_shape = env.observation_space.shape
         self.action_dim = env.action_space.shape[0]
         self.max_steps = env.spec.max_episode_steps
+        self.steps_per_second = env.metadata.get("render_fps", 25)
         env.close()
 
     def make(self, num_envs: int, seed: int, *, render: bool = False) -> "HostVectorEnv":
@@ -136,7 +138,7 @@ class HostVectorEnv:
         for i, (terminated, truncated) in enumerate(zip(terminations, truncations)):
             if terminated or truncated:
                 self._obs[i] = self._begin_episode(i)
-        # A batch, so not by the constructor, which describes one example.
+        # NumPy's arrays, so not by the constructor, which is annotated with JAX's.
         leaves = next_obs, np.array(rewards, np.float32), np.array(terminations), np.array(truncations)
         return self._obs.copy(), jax.tree.unflatten(_TIMESTEP, leaves)
 
@@ -237,7 +239,15 @@ def _make(gymnasium_id: str, render_mode: str | None = None) -> gymnasium.Env:
         )
     if env.spec.max_episode_steps is None:
         raise ValueError(f"{gymnasium_id} has no time limit: register it with max_episode_steps=...")
+    if render_mode and _is_mujoco(env):
+        # Where there is no GPU, drawing takes four times as long with the default shadows and smoothing.
+        quality = env.unwrapped.model.vis.quality
+        quality.shadowsize, quality.offsamples = 1024, 0
     return env
+
+
+def _is_mujoco(env: gymnasium.Env) -> bool:
+    return isinstance(env.unwrapped, gymnasium.envs.mujoco.MujocoEnv)
 
 
 def _generator_words(generator: np.random.Generator) -> np.ndarray:
