@@ -18,7 +18,7 @@ LAYERS = [
     {"types", "tree", "files", "hyperparameters", "provenance"},
     {"schedules", "timesteps"},
     {"parameterizations"},
-    {"samplers", "ode", "scores", "meanflow", "losses", "networks."},
+    {"samplers", "ode", "scores", "meanflow", "losses", "exploration", "networks."},
     {"data.", "envs."},
     {"algorithms."},
     {"checkpoint", "evaluation"},

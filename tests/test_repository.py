@@ -154,6 +154,13 @@ def test_readme_lists_every_algorithm(path):
     assert f"| `{path.stem}` |" in README and f"arxiv.org/abs/{arxiv_id(path.read_text())}" in README
 
 
+def test_readme_lists_every_module():
+    rows = set(re.findall(r"`([a-z]+/?)`", "\n".join(re.findall(r"^\| `.*?` \|", README, flags=re.MULTILINE))))
+    modules = {path.stem for path in ROOT.glob("eqgen/[a-z]*.py")}
+    packages = {f"{path.parent.name}/" for path in ROOT.glob("eqgen/*/__init__.py")}
+    assert modules | packages <= rows
+
+
 def test_readme_links_exist():
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", README):
         assert (ROOT / target).exists(), target
@@ -185,7 +192,7 @@ def test_commands_parse(line, monkeypatch):
     from eqgen import cli, experiments
 
     results = {"algorithm": "", "env": "", "env_step": 0, "policy": "", "seeds": []}
-    answers = {"train": None, "resume": None, "evaluate": results, "plot": [], "render": []}
+    answers = {"train": None, "resume": None, "evaluate": results, "plot": [], "render": ("", [0.0])}
     for name, answer in answers.items():
         monkeypatch.setattr(experiments, name, lambda *args, _answer=answer, **kwargs: _answer)
     assert cli.main(shlex.split(line, comments=True)[1:]) == 0

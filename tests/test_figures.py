@@ -1,0 +1,38 @@
+"""Every figure can be drawn from the committed results; slow: every experiment runs in its smoke form."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+
+FOLDER = Path(__file__).resolve().parent.parent / "paper_figures"
+FIGURES = sorted(FOLDER.glob("*/fig*.py"))
+EXPERIMENTS = sorted(FOLDER.glob("*/run.py"))
+
+
+def load(path: Path):
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_figure_is_drawn_from_committed_results(path, tmp_path):
+    written = load(path).draw(out=tmp_path / "figure")
+    assert {file.suffix for file in written} == {".pdf", ".png"}
+    assert all(file.parent == tmp_path and file.stat().st_size > 2_000 for file in written)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.parent.name)
+def test_experiment_runs_in_smoke_form(path, tmp_path):
+    script = load(path)
+    rows = [name for name in script.EXPERIMENTS if name.endswith("-smoke")]
+    assert rows
+    for row in rows:
+        result = script.run(row, next(iter(script.AGENTS)), folder=tmp_path / "runs", results=tmp_path)
+        assert json.loads(result.read_text())["records"]
