@@ -155,7 +155,9 @@ def test_readme_lists_every_algorithm(path):
 
 
 def test_readme_lists_every_module():
-    rows = set(re.findall(r"`([a-z]+/?)`", "\n".join(re.findall(r"^\| `.*?` \|", README, flags=re.MULTILINE))))
+    rows = set(
+        re.findall(r"`([a-z]+/?)`", "\n".join(re.findall(r"^\| `.*?` \|", README, flags=re.MULTILINE)))
+    )
     modules = {path.stem for path in ROOT.glob("eqgen/[a-z]*.py")}
     packages = {f"{path.parent.name}/" for path in ROOT.glob("eqgen/*/__init__.py")}
     assert modules | packages <= rows
