@@ -1,7 +1,7 @@
 """Online training as a generator: jitted chunks inside, ordinary Python between them.
 
 Whether the environment is pure JAX (stepped inside the chunk) or on the host (stepped in a Python loop), the
-learner runs the same two functions: `explore` chooses actions, `learn` stores the transitions and updates.
+learner runs the same two functions: `_explore` chooses actions, `_learn` stores transitions and updates.
 All seeds of a run are stacked along the leading axis of one `OnlineState` and vmapped, so a run of one seed and
 a run of twenty are the same program.
 
@@ -428,19 +428,21 @@ def _records(sums, first, stop, settings, seeds):
     for i, seed in enumerate(seeds):
         values = {name: float(value[i]) for name, value in sums.items()}
         finished, finished_return = values.pop("finished"), values.pop("finished_return")
-        if values.pop("bad_obs"):
-            raise NonFiniteError(
-                f"An observation of seed {seed} was NaN or infinite before environment step {step}."
-            )
+        bad_obs = values.pop("bad_obs") > 0
         means = {name: value / (stop - first) for name, value in values.items()}
-        for name, value in means.items():
-            if not np.isfinite(value):
-                raise NonFiniteError(
-                    f"The metric {name} of seed {seed} is {value} at environment step {step}."
-                )
+        _check_finite(means, bad_obs, seed, step)
         record = {"seed": int(seed), "env_step": step, "updates": updates, "train/episodes": int(finished)}
         records.append(record | {"train/return": finished_return / finished if finished else None} | means)
     return records
+
+
+def _check_finite(means, bad_obs, seed, step):
+    """Names what is not finite. An agent that diverges breaks the observations and the other way round: both."""
+    bad = next((name for name, value in means.items() if not np.isfinite(value)), None)
+    causes = [f"The metric {bad} of seed {seed} is {means[bad]}"] if bad else []
+    causes += [f"{'an' if bad else 'An'} observation of seed {seed} was NaN or infinite"] if bad_obs else []
+    if causes:
+        raise NonFiniteError(f"{' and '.join(causes)} at environment step {step}.")
 
 
 @eqx.filter_jit

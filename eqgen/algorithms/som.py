@@ -59,6 +59,11 @@ from eqgen.types import Metrics, Transition
 _ROWS_PER_BLOCK = 1024  # network evaluations that fit a CPU's cache; see `vmap_in_blocks`
 
 
+Q = Callable[[Float[Array, " obs"], Float[Array, " act"]], Float[Array, ""]]
+Observations, Actions = Float[Array, "batch obs"], Float[Array, "batch act"]
+Times = Float[Array, " batch"]
+
+
 class SOMState(eqx.Module):
     """Everything that evolves. `actor_metrics` is the report of the last actor update."""
 
@@ -206,24 +211,15 @@ class SOM(AbstractAgent):
 
     def noise_std(self, state: SOMState) -> Scalar:
         """Standard deviation of the exploration noise."""
-        std = {"constant": self.exploration_std, "none": 0.0}
-        return (
-            self.noise.std(state.noise)
-            if self.exploration == "annealed"
-            else jnp.array(std[self.exploration])
-        )
+        if self.exploration == "annealed":
+            return self.noise.std(state.noise)
+        return jnp.array(self.exploration_std if self.exploration == "constant" else 0.0)
 
     # --- The actor's target: from the critic to a velocity ---
 
     def velocity(
-        self,
-        q: Callable[[Float[Array, " obs"], Float[Array, " act"]], Float[Array, ""]],
-        obs: Float[Array, "batch obs"],
-        a_t: Float[Array, "batch act"],
-        t: Float[Array, " batch"],
-        *,
-        key: Key[Array, ""],
-    ) -> tuple[Float[Array, "batch act"], Metrics]:
+        self, q: Q, obs: Observations, a_t: Actions, t: Times, *, key: Key[Array, ""]
+    ) -> tuple[Actions, Metrics]:
         """v_t of a batch under the Boltzmann densities of q(s, .) (Eq. 5 and 8 [3P]).
 
         **Returns:** the velocities, and the mean effective number of proposals.
@@ -243,12 +239,11 @@ class SOM(AbstractAgent):
         if gradient:
             values, gradients = values
             log_weights, scale = self.log_weights(values)
-            estimate = jax.vmap(scores.combine_gradients)(
-                log_weights, scale * gradients, a_t, alpha_t, sigma_t
-            )
+            evidence = (log_weights, scale * gradients)
         else:
-            log_weights, _ = self.log_weights(values)
-            estimate = jax.vmap(scores.combine_values)(log_weights, a_0, a_t, alpha_t, sigma_t)
+            evidence = (self.log_weights(values)[0], a_0)
+        combine = scores.combine_gradients if gradient else scores.combine_values
+        estimate = jax.vmap(combine)(*evidence, a_t, alpha_t, sigma_t)
         v = jax.vmap(self.rescaled_flow)(estimate, a_t, t)
         return v, {"actor/effective_samples": jnp.mean(estimate.effective_samples)}
 
@@ -297,15 +292,8 @@ class SOM(AbstractAgent):
         )
 
     def regression_target(
-        self,
-        q: Callable[[Float[Array, " obs"], Float[Array, " act"]], Float[Array, ""]],
-        obs: Float[Array, "batch obs"],
-        a_t: Float[Array, "batch act"],
-        r: Float[Array, " batch"],
-        t: Float[Array, " batch"],
-        *,
-        key: Key[Array, ""],
-    ) -> tuple[Float[Array, "batch act"], Float[Array, "batch act"] | None, Metrics]:
+        self, q: Q, obs: Observations, a_t: Actions, r: Times, t: Times, *, key: Key[Array, ""]
+    ) -> tuple[Actions, Actions | None, Metrics]:
         """The instantaneous velocity v_t and, with `target="ode"`, the average velocity over [r, t].
 
         The ODE is solved for the whole batch at once, each row on its own interval scaled to [0, 1], with the
@@ -320,7 +308,6 @@ class SOM(AbstractAgent):
         from eqgen.ode import flow_map
 
         solvers = {"euler": diffrax.Euler, "heun": diffrax.Heun, "tsit5": diffrax.Tsit5}
-
         span = r - t
         scaled = lambda a, s: span[:, None] * field(a, jnp.maximum(t + s * span, self.t_min))[0]
         a_r = flow_map(
@@ -339,12 +326,12 @@ class SOM(AbstractAgent):
     def actor_loss(
         self,
         actor: MeanVelocity,
-        obs: Float[Array, "batch obs"],
-        a_t: Float[Array, "batch act"],
-        r: Float[Array, " batch"],
-        t: Float[Array, " batch"],
-        v: Float[Array, "batch act"],
-        average: Float[Array, "batch act"] | None,
+        obs: Observations,
+        a_t: Actions,
+        r: Times,
+        t: Times,
+        v: Actions,
+        average: Actions | None,
     ) -> tuple[Float[Array, ""], Metrics]:
         """MeanFlow regression with adaptive weights, onto `average` if it is given, else by the identity."""
 
@@ -384,9 +371,9 @@ class SOM(AbstractAgent):
         self,
         actor: MeanVelocity,
         opt_state: optax.OptState,
-        q: Callable[[Float[Array, " obs"], Float[Array, " act"]], Float[Array, ""]],
-        obs: Float[Array, "batch obs"],
-        actions: Float[Array, "batch act"],
+        q: Q,
+        obs: Observations,
+        actions: Actions,
         *,
         key: Key[Array, ""],
     ) -> tuple[MeanVelocity, optax.OptState, Metrics]:
