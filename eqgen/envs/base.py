@@ -2,7 +2,8 @@
 
 An environment is an immutable module; its state is a PyTree. `step` never resets: `step_autoreset` does, and
 hands back both the true next observation (in the `TimeStep`) and the one to act on. Actions are in [-1, 1]^d;
-an environment with other bounds rescales them itself.
+an environment with other bounds rescales and clips to them itself. Observations are handed on as they are;
+that they are finite is for the loop to check.
 """
 
 from abc import abstractmethod
