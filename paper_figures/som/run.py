@@ -47,7 +47,11 @@ class Row:
 
 EXPERIMENTS = {
     "pendulum-cpu": Row(
-        "gymnax/Pendulum-v1", "cpu", (0, 1, 2, 3, 4), dict(eval_every=2_000, eval_episodes=20)
+        "gymnax/Pendulum-v1",
+        "cpu",
+        (0, 1, 2, 3, 4),
+        dict(total_steps=12_000, eval_every=1_000, eval_episodes=20),
+        dict(hidden=(64, 64)),
     ),
     "halfcheetah-cpu": Row("mujoco/HalfCheetah-v5", "cpu", (0,)),
     "hopper-cpu": Row("mujoco/Hopper-v5", "cpu", (0,)),
