@@ -311,10 +311,10 @@ class _HostLoop:
         return tuple(envs.get_state() for envs in self.envs)
 
     def advance(self, state, stop, learning):
-        if state.env is not self.live:  # a state from a checkpoint, not the one this loop left behind
-            for envs, env_state in zip(self.envs, state.env):
-                envs.set_state(env_state)
         agent_state, rest, obs = state.agent, (state.replay, state.episode_return), state.obs
+        if state.env is not self.live:  # a state from a checkpoint, not the one this loop left behind
+            states = zip(self.envs, state.env)
+            obs = jnp.asarray(np.stack([envs.set_state(env_state) for envs, env_state in states]))
         total = None
         for i in range(int(state.iteration), stop):
             iteration = jnp.int32(i)
