@@ -35,7 +35,8 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## Train SOM on Pendulum (about five minutes); goes on where an earlier demo stopped
 	@if [ -e $(DEMO)/settings.json ]; then set -x; $(BIN)/eqgen resume $(DEMO); \
-	else set -x; $(BIN)/eqgen train som --env gymnax/Pendulum-v1 --preset cpu --out $(DEMO); fi
+	else set -x; $(BIN)/eqgen train som --env gymnax/Pendulum-v1 --preset cpu --agent.hidden 64 64 \
+	  --settings.total-steps 12000 --settings.eval-every 1000 --out $(DEMO); fi
 	$(BIN)/eqgen plot $(DEMO)
 	$(BIN)/eqgen render $(DEMO)
 	@echo && ls -l $(DEMO)

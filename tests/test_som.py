@@ -234,7 +234,9 @@ def test_one_step_policy_of_a_gaussian_bandit():
         np.asarray(noise) - np.asarray(mu * mean)
     )
     error = np.sqrt(np.mean(np.sum((np.asarray(one_step) - exact) ** 2, axis=1)))
-    assert float(error) < 0.3  # a small network after 3000 noisy steps (0.23); the noise itself has length 1.4
+    assert (
+        float(error) < 0.3
+    )  # a small network after 3000 noisy steps (0.23); the noise itself has length 1.4
 
 
 # --- Acting ---
