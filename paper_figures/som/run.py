@@ -50,7 +50,7 @@ EXPERIMENTS = {
         "gymnax/Pendulum-v1",
         "cpu",
         (0, 1, 2, 3, 4),
-        dict(total_steps=12_000, eval_every=1_000, eval_episodes=20),
+        dict(eval_every=1_000, eval_episodes=20),
         dict(hidden=(64, 64)),
     ),
     "halfcheetah-cpu": Row("mujoco/HalfCheetah-v5", "cpu", (0,)),
