@@ -37,19 +37,19 @@ def draw(results: Path = HERE / "results", out: Path = HERE / "learning_curves")
     """Writes the figure as PDF and PNG."""
     present = {row: [a for a in LABELS if (results / f"{row}_{a}.json").exists()] for row in PANELS}
     rows = [row for row in PANELS if present[row]]
-    fig, axes = plotting.subplots(1, len(rows), width=2.3 * len(rows), squeeze=False)
-    for ax, row in zip(axes[0], rows):
-        for agent in present[row]:
-            steps, returns = curve(results / f"{row}_{agent}.json")
-            color = plotting.COLORS[list(LABELS).index(agent)]
-            plotting.learning_curve(
-                ax, steps, returns, label=LABELS[agent], color=color, linestyle=STYLES[agent]
-            )
-        ax.set_title(PANELS[row])
-        ax.set_xlabel("environment steps")
-    axes[0, 0].set_ylabel("evaluation return")
-    axes[0, -1].legend()
-    return plotting.save(fig, out)
+    with plotting.style():
+        fig, axes = plotting.subplots(1, len(rows), width=plotting.TEXT_WIDTH, aspect=0.75, squeeze=False)
+        lines = {}
+        for ax, row in zip(axes[0], rows):
+            for agent in present[row]:
+                steps, returns = curve(results / f"{row}_{agent}.json")
+                look = dict(color=plotting.COLORS[list(LABELS).index(agent)], linestyle=STYLES[agent])
+                plotting.learning_curve(ax, steps / 1000, returns, **look)
+                lines[LABELS[agent]] = ax.lines[-1]
+            ax.set(title=PANELS[row], xlabel="thousand environment steps")
+        axes[0, 0].set_ylabel("evaluation return")
+        fig.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
+        return plotting.save(fig, out)
 
 
 if __name__ == "__main__":
