@@ -353,7 +353,7 @@ OPTIONS = {
     "flow_ratio": 0.3,
     "endpoint_fraction": 0.3,
     "t_min": 0.01,
-    "loss_power": 0.5,
+    "loss_power": 0.25,
     "loss_constant": 0.1,
     "loss_reduction": "sum",
     "num_candidates": 3,
