@@ -33,10 +33,9 @@ $(READY): pyproject.toml constraints.txt
 	fi
 	@touch $@
 
-demo: $(READY)  ## Train SOM on Pendulum (about five minutes); goes on where an earlier demo stopped
+demo: $(READY)  ## Train SOM on Pendulum (a few minutes); goes on where an earlier demo stopped
 	@if [ -e $(DEMO)/settings.json ]; then set -x; $(BIN)/eqgen resume $(DEMO); \
-	else set -x; $(BIN)/eqgen train som --env gymnax/Pendulum-v1 --preset cpu --agent.hidden 64 64 \
-	  --settings.total-steps 12000 --settings.eval-every 1000 --out $(DEMO); fi
+	else set -x; $(BIN)/eqgen train som --env gymnax/Pendulum-v1 --preset cpu --agent.hidden 64 64 --settings.eval-every 1000 --settings.total-steps 14000 --out $(DEMO); fi
 	$(BIN)/eqgen plot $(DEMO)
 	$(BIN)/eqgen render $(DEMO)
 	@echo && ls -l $(DEMO)
