@@ -3,7 +3,7 @@
     python paper_figures/som/fig_bandit.py
 
 Each panel: the density exp(Q) in the background and 1000 actions, each from one network evaluation, drawn where
-they fall before clipping (arrows count those outside the picture). Below: the share of samples per mode beside
+they fall before clipping (a note counts those outside the picture). Below: the share of samples per mode beside
 the weights.
 """
 
@@ -21,7 +21,7 @@ TITLES = {
     "safe": "truncated, raw score",
     "safe-ode": "truncated, ODE target",
     "denoising": "denoising, raw score",
-    "paper": "gradient, unit score (paper)",
+    "paper": "gradient, unit (paper)",
 }
 EXTENT = (-1.25, 1.25, -1.25, 1.25)
 
