@@ -4,6 +4,8 @@ What is written depends on nothing but the source and its outputs: no time stamp
 interpreter version, so that a rebuild which changes nothing gives no diff.
 """
 
+import base64
+import io
 import os
 import sys
 import time
@@ -12,10 +14,22 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 
 HERE = Path(__file__).resolve().parent
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
+
+def shrink_pictures(notebook: nbformat.NotebookNode) -> None:
+    """Stores every PNG in 256 colours, which a plot does not miss: a third of the size."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if picture := output.get("data", {}).get("image/png"):
+                small = io.BytesIO()
+                image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+                image.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+                output["data"]["image/png"] = base64.b64encode(small.getvalue()).decode()
 
 
 def build(source: Path) -> Path:
@@ -28,6 +42,7 @@ def build(source: Path) -> Path:
     resources = {"metadata": {"path": str(HERE)}}
     NotebookClient(notebook, timeout=900, record_timing=False, resources=resources).execute()
     notebook.metadata.language_info.pop("version", None)
+    shrink_pictures(notebook)
 
     target = HERE / f"{source.stem}.ipynb"
     temporary = target.with_suffix(".tmp")
