@@ -343,9 +343,9 @@ for name in agents:
 #
 # ## 7. A checkpoint
 #
-# One file: a line of JSON that says what it is, then the arrays. Reading it takes a skeleton of the same shapes,
-# for which nothing need be computed. (`train_online(..., state=progress.state)` goes on from a saved run in the same
-# way, and exactly.)
+# One file: a line of JSON that says what it is, then the arrays. Reading it takes a skeleton of the same
+# shapes, for which nothing need be computed. (`train_online(..., state=progress.state)` goes on from a saved
+# run in the same way, and exactly.)
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

@@ -55,8 +55,8 @@ from eqgen.scores import GaussianMixture, denoising_score, gradient_score, trunc
 from eqgen.tree import filter_scan, polyak
 
 
-plotting.STYLE["figure.dpi"] = 100  # keeps the file small
 plotting.use_style()
+plt.rcParams["figure.dpi"] = 100  # keeps the file small
 keys = jr.split(jr.key(seed), 8)
 
 # %% [markdown]
