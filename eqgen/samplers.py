@@ -115,7 +115,7 @@ def ddim(
         raise ValueError(f"eta must lie in [0, 1], got {eta}.")
     if eta > 0 and key is None:
         raise ValueError(f"eta = {eta} draws noise: pass `key`, or eta = 0 for the deterministic sampler.")
-    ts = _check_grid(ts, x)
+    neighbours = _neighbours(ts, x)
 
     def step(x, t, s, key=None):
         x_0 = denoise(x, t)
@@ -125,7 +125,8 @@ def ddim(
             eps = jnp.sqrt(1 - eta**2 * q) * eps + eta * jnp.sqrt(q) * jr.normal(key, x.shape, x.dtype)
         return schedule.alpha(s) * x_0 + schedule.sigma(s) * eps
 
-    return _scan_grid(step, x, ts, jr.split(key, ts.size - 1)) if eta > 0 else _scan_grid(step, x, ts)
+    keys = (jr.split(key, jnp.size(ts) - 1),) if eta > 0 else ()
+    return _scan(step, x, *neighbours, *keys)
 
 
 def ddpm(
@@ -154,8 +155,6 @@ def dpm_solver_pp_2m(
     order, and so is one that ends at sigma = 0 (h is infinite there).
     """
 
-    ts = _check_grid(ts, x)
-
     def body(carry, times):
         (x, previous_x_0, previous_h), (t, s) = carry, times
         x_0 = denoise(x, t)
@@ -168,13 +167,13 @@ def dpm_solver_pp_2m(
         return (x, x_0, h), x
 
     start = (x, jnp.zeros_like(x), jnp.zeros((), x.dtype))
-    (x_last, _, _), path = jax.lax.scan(body, start, (ts[:-1], ts[1:]))
+    (x_last, _, _), path = jax.lax.scan(body, start, _neighbours(ts, x))
     return x_last, jnp.concatenate([x[None], path])
 
 
 def euler(velocity: Velocity, x: Float[Array, "*x"], ts: Float[Array, " times"]) -> Sample:
     """Euler's method for dx/dt = velocity(x, t): first order, one evaluation a step."""
-    return _scan_grid(lambda x, t, s: x + (s - t) * velocity(x, t), x, _check_grid(ts, x))
+    return _scan(lambda x, t, s: x + (s - t) * velocity(x, t), x, *_neighbours(ts, x))
 
 
 def heun(velocity: Velocity, x: Float[Array, "*x"], ts: Float[Array, " times"]) -> Sample:
@@ -189,7 +188,7 @@ def heun(velocity: Velocity, x: Float[Array, "*x"], ts: Float[Array, " times"]) 
         v_s = velocity(x + (s - t) * v_t, s)
         return x + (s - t) * (v_t + v_s) / 2
 
-    return _scan_grid(step, x, _check_grid(ts, x))
+    return _scan(step, x, *_neighbours(ts, x))
 
 
 def meanflow(mean_velocity: MeanVelocity, x: Float[Array, "*x"], ts: Float[Array, " times"]) -> Sample:
@@ -198,7 +197,7 @@ def meanflow(mean_velocity: MeanVelocity, x: Float[Array, "*x"], ts: Float[Array
     Geng et al., "Mean flows for one-step generative modeling" (2025), eq. 12. `mean_velocity(x, r, t)` is u,
     with r <= t. One step, x_0 = x_1 - u(x_1, 0, 1), is `ts = uniform_grid(1)`; any grid is exact if u is.
     """
-    return _scan_grid(lambda x, t, r: x - (t - r) * mean_velocity(x, r, t), x, _check_grid(ts, x))
+    return _scan(lambda x, t, r: x - (t - r) * mean_velocity(x, r, t), x, *_neighbours(ts, x))
 
 
 # --- Langevin dynamics ---
@@ -294,8 +293,8 @@ def mala(
     **Arguments:**
 
     - `log_density`: log p up to a constant. Where it is -inf or NaN, proposals are rejected.
-    - `box`: `(low, high)`, outside of which proposals are rejected: samples are of p restricted to the box. `x`
-        must lie in it. `log_density` is evaluated outside, too, but what it says there has no effect.
+    - `box`: `(low, high)`, outside of which proposals are rejected: samples are of p restricted to the box, in
+        which `x` must lie. What `log_density` says outside has no effect.
 
     **Raises:** `ValueError` for bad `step_sizes`, or `low >= high`.
     """
@@ -331,7 +330,7 @@ def geometric_levels(num_levels: int, sigma_max: float, sigma_min: float) -> Flo
         raise ValueError(f"num_levels must be at least 2 (one level is `langevin`), got {num_levels}.")
     if not 0 < sigma_min <= sigma_max:
         raise ValueError(f"Choose sigma_max >= sigma_min > 0, got {sigma_max = } and {sigma_min = }.")
-    return jnp.geomspace(sigma_max, sigma_min, num_levels)
+    return jnp.asarray(np.geomspace(sigma_max, sigma_min, num_levels))  # NumPy's has exact ends
 
 
 def annealed_step_sizes(sigmas: Float[Array, " levels"], final_step_size: float) -> Float[Array, " levels"]:
@@ -347,8 +346,8 @@ def annealed_step_sizes(sigmas: Float[Array, " levels"], final_step_size: float)
 def clip_to_box(low: ArrayLike = -1.0, high: ArrayLike = 1.0) -> Projection:
     """The nearest point of the box, as a function of x.
 
-    After every Langevin step this piles mass up on the faces, where it holds all that would have left the box.
-    Harmless where the density is small there; elsewhere `reflect_into_box` keeps it.
+    After every Langevin step this piles mass up on the faces, where it holds all that would have left the box: a
+    bias O(sqrt(eta)) unless the density is small there. `reflect_into_box` has less.
 
     **Raises:** `ValueError` if `low >= high`.
     """
@@ -359,8 +358,8 @@ def clip_to_box(low: ArrayLike = -1.0, high: ArrayLike = 1.0) -> Projection:
 def reflect_into_box(low: ArrayLike = -1.0, high: ArrayLike = 1.0) -> Projection:
     """Reflection at the faces of the box, as often as it takes (a triangular wave), as a function of x.
 
-    Langevin dynamics reflected after every step keep the density restricted to the box, up to the
-    discretisation; with score 0 they keep the uniform law at every step size.
+    Langevin dynamics reflected after every step keep the density restricted to the box up to a bias O(eta); with
+    score 0 they keep the uniform law at every step size.
 
     **Raises:** `ValueError` if `low >= high`.
     """
@@ -389,18 +388,15 @@ def _scan(step: Callable, x: Array, *inputs: PyTree) -> Sample:
     return x_last, jnp.concatenate([x[None], path])
 
 
-def _scan_grid(step: Callable, x: Array, ts: Array, *inputs: Array) -> Sample:
-    """Scans `x = step(x, t, s, *inputs)` over the neighbours t >= s of the grid."""
-    return _scan(step, x, ts[:-1], ts[1:], *inputs)
-
-
-def _check_grid(ts: Array, x: Array) -> Array:
+def _neighbours(ts: Array, x: Array) -> tuple[Array, Array]:
+    """The times t and s <= t that each step of the grid leads from and to."""
     if jnp.ndim(ts) != 1 or jnp.size(ts) < 2:
         raise ValueError(f"ts must be a 1-dimensional grid of two or more times, got shape {jnp.shape(ts)}.")
     known = _concrete(ts)
     if known is not None and np.any(np.diff(known) > 0):
         raise ValueError(f"ts must not increase: it runs from noise (t = 1) to data (t = 0), got {known}.")
-    return jnp.asarray(ts, x.dtype)
+    ts = jnp.asarray(ts, x.dtype)
+    return ts[:-1], ts[1:]
 
 
 def _check_step_sizes(step_sizes: Array, x: Array) -> Array:
