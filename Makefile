@@ -1,5 +1,6 @@
 # Everything a clone needs: Python >= 3.11 and make. Every target sets up .venv first, if it is not there yet.
 #   make test PYTHON=python3.12     another interpreter (run `make clean` first if .venv has a different one)
+#   make test WORKERS=1             processes that share the test files; of their own they take 1 GB each
 
 PYTHON ?= python3
 EXTRAS := notebooks,figures,log,dev
@@ -8,6 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
+
+# One process per core the tests may use; past four, the longest file decides.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -41,10 +46,10 @@ demo: $(READY)  ## Train SOM on Pendulum (a few minutes); goes on where an earli
 	@echo && ls -l $(DEMO)
 
 test: $(READY)  ## Run the tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: $(READY)  ## Run the tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .
