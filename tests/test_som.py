@@ -1,7 +1,7 @@
 """SOM against its specification's numbered tests (10, 12, 13, 15) and closed forms of its parts."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import equinox as eqx
 import jax
@@ -52,24 +52,30 @@ def points(key, t):
 @pytest.mark.parametrize("estimator", ["gradient", "denoising", "truncated"])
 def test_normalised_velocity_ignores_scale_and_offset_of_q(estimator, normalization):
     agent = SOM(estimator=estimator, q_normalization=normalization, num_score_samples=16)
-    q = lambda s, a: jnp.sum(jnp.sin(3 * a)) + s[0]
     inputs = points(jr.key(0), 0.3)
-    velocity = jax.jit(partial(agent.velocity, q))(*inputs, key=jr.key(1))[0]
-    scaled = jax.jit(partial(agent.velocity, lambda s, a: 10 * q(s, a) + 3))(*inputs, key=jr.key(1))[0]
+
+    @jax.jit
+    def velocity(scale, offset):
+        q = lambda s, a: scale * (jnp.sum(jnp.sin(3 * a)) + s[0]) + offset
+        return agent.velocity(q, *inputs, key=jr.key(1))[0]
+
     # Float32 values of 10 Q + 3 carry ten times the rounding of Q's.
-    assert_trees_close(scaled, velocity, rtol=1e-3, atol=1e-4)
+    assert_trees_close(velocity(10.0, 3.0), velocity(1.0, 0.0), rtol=1e-3, atol=1e-4)
 
 
 def test_advantage_normalisation_ignores_values_between_states_and_batch_does_not():
     """Adding a value of the state to Q changes no softmax; only the paper's deviation over the batch feels it."""
-    q = lambda s, a: jnp.sum(jnp.sin(3 * a))
-    shifted = lambda s, a: q(s, a) + 50 * s[0]
     inputs = points(jr.key(0), 0.3)
+
+    @partial(jax.jit, static_argnums=0)
+    def velocity(agent, value):
+        q = lambda s, a: jnp.sum(jnp.sin(3 * a)) + value * s[0]
+        return agent.velocity(q, *inputs, key=jr.key(1))[0]
+
     for normalization, same in (("advantage", True), ("batch", False)):
         agent = SOM.safe(q_normalization=normalization, num_score_samples=16)
-        v, w = (agent.velocity(f, *inputs, key=jr.key(1))[0] for f in (q, shifted))
         # 50 s in float32 leaves Q with an absolute rounding of 1e-5.
-        assert np.allclose(v, w, atol=1e-3) == same
+        assert np.allclose(velocity(agent, 0.0), velocity(agent, 50.0), atol=1e-3) == same
 
 
 def test_linear_q_gives_the_exact_score_for_any_number_of_samples(x64):
@@ -86,7 +92,7 @@ def test_linear_q_gives_the_exact_score_for_any_number_of_samples(x64):
             num_score_samples=3,
         )
         q = lambda s, a: jnp.dot(g, a)
-        v = agent.velocity(q, obs, a_t, t, key=jr.key(1))[0]
+        v = jax.jit(partial(agent.velocity, q))(obs, a_t, t, key=jr.key(1))[0]
         score = (v - schedule.drift(0.4) * a_t) / (-0.5 * schedule.diffusion_squared(0.4))
         factor = np.asarray(score) / np.asarray(1.5 * g / schedule.alpha(0.4))
         # One factor for all rows and coordinates: 1, or 1 / sd, never the 0 of a gradient through the mean.
@@ -103,7 +109,7 @@ def test_unit_mode_has_its_norm_and_clip_mode_its_cap():
 
     def score_norm(**fields):
         agent = SOM(num_score_samples=16, inverse_temperature=1.0, **fields)
-        v = agent.velocity(q, obs, a_t, t, key=jr.key(1))[0]
+        v = jax.jit(partial(agent.velocity, q))(obs, a_t, t, key=jr.key(1))[0]
         score = (v - schedule.drift(0.3) * a_t) / (-0.5 * schedule.diffusion_squared(0.3))
         return jnp.linalg.norm(score, axis=1)
 
@@ -123,9 +129,9 @@ def test_truncated_estimator_never_asks_outside_the_box():
         return jnp.sum(a)
 
     obs, a_t, _ = points(jr.key(0), 0.3)
-    agent = SOM.safe(num_score_samples=4)
+    velocity = jax.jit(partial(SOM.safe(num_score_samples=4).velocity, q))
     for t in (1e-3, 0.3, 1.0):
-        v, _ = agent.velocity(q, obs, 3 * a_t, jnp.full(BATCH, t), key=jr.key(2))
+        v, _ = velocity(obs, 3 * a_t, jnp.full(BATCH, t), key=jr.key(2))
         assert bool(jnp.all(jnp.isfinite(v)))
     jax.effects_barrier()
     assert len(seen) >= 3 * BATCH * 4 and max(seen) <= 1.0
@@ -164,7 +170,7 @@ def test_ode_target_on_an_empty_interval_is_the_velocity():
     agent = SOM.safe(num_score_samples=8, target="ode", ode_steps=2)
     obs, a_t, t = points(jr.key(0), 0.3)
     q = lambda s, a: jnp.sum(jnp.sin(3 * a))
-    v, average, _ = agent.regression_target(q, obs, a_t, t, t, key=jr.key(1))
+    v, average, _ = jax.jit(partial(agent.regression_target, q))(obs, a_t, t, t, key=jr.key(1))
     assert_trees_close(average, v)
 
 
@@ -178,15 +184,16 @@ def test_actor_gradient_is_that_of_the_weighted_error_to_a_frozen_target(target)
     obs, a_t, t = points(jr.key(0), 0.5)
     r = jnp.full(BATCH, 0.2)
     q = partial(agent.q_value, state.critics)
-    v, average, _ = agent.regression_target(q, obs, a_t, r, t, key=jr.key(1))
-    grads, _ = eqx.filter_grad(agent.actor_loss, has_aux=True)(state.actor, obs, a_t, r, t, v, average)
+    v, average, _ = jax.jit(partial(agent.regression_target, q))(obs, a_t, r, t, key=jr.key(1))
+    grad = eqx.filter_jit(eqx.filter_grad(agent.actor_loss, has_aux=True))
+    grads, _ = grad(state.actor, obs, a_t, r, t, v, average)
 
     def u_of(actor, a_t, r, t):
         return jax.vmap(actor)(a_t, r, t, obs)
 
     if target == "identity":
         tangents = (v, jnp.zeros_like(r), jnp.ones_like(t))
-        u, du_dt = jax.jvp(partial(u_of, state.actor), (a_t, r, t), tangents)
+        u, du_dt = jax.jit(partial(jax.jvp, partial(u_of, state.actor)))((a_t, r, t), tangents)
         frozen = np.asarray(v - (t - r)[:, None] * du_dt)
     else:
         u, frozen = u_of(state.actor, a_t, r, t), np.asarray(average)
@@ -195,7 +202,8 @@ def test_actor_gradient_is_that_of_the_weighted_error_to_a_frozen_target(target)
     def reference(actor):
         return jnp.mean(weight * jnp.mean((u_of(actor, a_t, r, t) - frozen) ** 2, axis=1))
 
-    assert_trees_close(grads, eqx.filter_grad(reference)(state.actor), rtol=1e-4, atol=1e-6)
+    expected = eqx.filter_jit(eqx.filter_grad(reference))(state.actor)
+    assert_trees_close(grads, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_one_step_policy_of_a_gaussian_bandit():
@@ -254,9 +262,12 @@ def test_acting_is_the_clipped_flow_and_best_of_n_improves_the_value():
     assert_trees_close(action, jnp.clip(raw, -1, 1))
 
     many = dataclasses.replace(agent, num_eval_candidates=32)
-    value = lambda a, key: agent.q_value(state.critics, obs, a.act(state, obs, key=key, explore=False))
-    keys = jr.split(jr.key(6), 64)
-    mean_value = lambda a: float(jnp.mean(jax.vmap(lambda k: value(a, k))(keys)))
+
+    @partial(jax.jit, static_argnums=0)
+    def mean_value(a):
+        value = lambda key: agent.q_value(state.critics, obs, a.act(state, obs, key=key, explore=False))
+        return jnp.mean(jax.vmap(value)(jr.split(jr.key(6), 64)))
+
     assert mean_value(many) > mean_value(one)
 
 
@@ -284,12 +295,13 @@ def test_bellman_target_by_hand():
         SOM.tiny(), num_candidates=1, exploration="none", reward_scale=0.5, discount=0.9
     )
     state = state_of(agent)
+    bellman_target, best_of_n = eqx.filter_jit(agent.bellman_target), eqx.filter_jit(agent.best_of_n)
     for terminated in (True, False):
         batch = transitions(jr.key(0), terminated)
-        y = agent.bellman_target(state, batch, key=jr.key(1))
+        y = bellman_target(state, batch, key=jr.key(1))
         for i, key in enumerate(jr.split(jr.key(1), BATCH)):
             action_key, _ = jr.split(key)
-            action = agent.best_of_n(state.actor, state.critics, batch.next_obs[i], 1, key=action_key)
+            action = best_of_n(state.actor, state.critics, batch.next_obs[i], 1, key=action_key)
             bootstrap = min(float(q) for q in state.target_critics(batch.next_obs[i], action))
             expected = 0.5 * float(batch.reward[i]) + (0.0 if terminated else 0.9 * bootstrap)
             assert float(y[i]) == pytest.approx(expected, rel=1e-5)
@@ -384,6 +396,7 @@ SUB_OPTIONS = {  # fields that matter only where another one has the value besid
 }
 
 
+@cache
 def program(agent):
     """The update as JAX traces it, constants included."""
     state = eqx.filter_eval_shape(lambda key: agent.init(example_transition((OBS,), ACT), key=key), jr.key(0))
