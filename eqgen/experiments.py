@@ -277,7 +277,9 @@ def _finite_by_seed(leaves):
 
 def _headline(run, experiment, saved):
     seeds = experiment.seeds
-    names = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    consecutive = len(seeds) > 2 and seeds == tuple(range(seeds[0], seeds[0] + len(seeds)))
+    listed = f"{seeds[0]} to {seeds[-1]}" if consecutive else ", ".join(map(str, seeds))
+    names = f"seed{'s' if len(seeds) > 1 else ''} {listed}"
     where = f"going on from step {saved} in" if saved is not None else "into"
     name, steps = type(experiment.agent).__name__, experiment.settings.total_steps
     return f"{name} on {experiment.env}, {names}, {steps} steps each, {where} {run.path}"

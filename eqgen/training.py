@@ -26,7 +26,7 @@ from eqgen.algorithms.base import AbstractAgent, Size
 from eqgen.data.replay import ReplayBuffer
 from eqgen.envs.base import AbstractEnv, example_transition, step_autoreset
 from eqgen.evaluation import rollout_returns
-from eqgen.tree import filter_fori_loop, filter_scan
+from eqgen.tree import compile_ahead, filter_fori_loop, filter_scan
 from eqgen.types import Transition
 
 
@@ -269,7 +269,6 @@ class _JaxLoop:
 # --- Environments on the host: a Python loop around two compiled functions ---
 
 
-@eqx.filter_jit
 def _host_explore(agent, action_dim, learning, seeds, iteration, agent_state, obs):
     def one(seed, agent_state, obs):
         return _explore(agent, action_dim, learning, agent_state, obs, _iteration_keys(seed, iteration)[0])
@@ -301,6 +300,7 @@ class _HostLoop:
         self.agent, self.env, self.settings, self.seeds = agent, env, settings, jnp.asarray(seeds)
         self.envs = [env.make(settings.num_envs, seed) for seed in seeds]
         self.live = None
+        self.explore = {}  # compiled ahead of time, for before and after learning begins
 
     def start(self):
         obs = np.stack([envs.reset() for envs in self.envs])
@@ -315,12 +315,13 @@ class _HostLoop:
         if state.env is not self.live:  # a state from a checkpoint, not the one this loop left behind
             states = zip(self.envs, state.env)
             obs = jnp.asarray(np.stack([envs.set_state(env_state) for envs, env_state in states]))
+        if learning not in self.explore:
+            explore = partial(_host_explore, self.agent, self.env.action_dim, learning)
+            self.explore[learning] = compile_ahead(explore, self.seeds, state.iteration, agent_state, obs)
         total = None
         for i in range(int(state.iteration), stop):
             iteration = jnp.int32(i)
-            actions = _host_explore(
-                self.agent, self.env.action_dim, learning, self.seeds, iteration, agent_state, obs
-            )
+            actions = self.explore[learning](self.seeds, iteration, agent_state, obs)
             outcomes = [envs.step(a) for envs, a in zip(self.envs, np.asarray(actions))]
             next_obs = np.stack([outcome[0] for outcome in outcomes])
             timestep = jax.tree.map(lambda *x: np.stack(x), *[outcome[1] for outcome in outcomes])

@@ -24,10 +24,20 @@ LAYERS = [
     {"checkpoint", "evaluation"},
     {"runs", "training", "plotting", "rendering"},
     {"experiments"},
+    {"studies"},
     {"cli"},
 ]
 # The modules that are about a heavy package; all others load none.
-WEIGHTY_MODULES = {"ode", "envs.gymnax", "envs.host", "plotting", "rendering", "experiments", "cli"}
+WEIGHTY_MODULES = {
+    "ode",
+    "envs.gymnax",
+    "envs.host",
+    "plotting",
+    "rendering",
+    "experiments",
+    "studies",
+    "cli",
+}
 HEAVY = "diffrax gymnax gymnasium mujoco flax brax matplotlib PIL imageio h5py pandas tqdm tyro".split()
 
 MODULES = {

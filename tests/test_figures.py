@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from eqgen.studies import run_study
+
 
 FOLDER = Path(__file__).resolve().parent.parent / "paper_figures"
 FIGURES = sorted(FOLDER.glob("*/fig*.py"))
@@ -30,9 +32,8 @@ def test_figure_is_drawn_from_committed_results(path, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.parent.name)
 def test_experiment_runs_in_smoke_form(path, tmp_path):
-    script = load(path)
-    rows = [name for name in script.EXPERIMENTS if name.endswith("-smoke")]
-    assert rows
-    for row in rows:
-        result = script.run(row, next(iter(script.AGENTS)), folder=tmp_path / "runs", results=tmp_path)
+    studies = {name: study for name, study in load(path).STUDIES.items() if name.endswith("-smoke")}
+    assert studies
+    for name, study in studies.items():
+        result = run_study(study, name, next(iter(study.agents)), folder=tmp_path, results=tmp_path)
         assert json.loads(result.read_text())["records"]

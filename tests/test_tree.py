@@ -2,14 +2,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 
 from eqgen.tree import (
     all_finite,
+    compile_ahead,
     ensemble,
     filter_cond,
     filter_fori_loop,
     filter_scan,
+    for_each_member,
     polyak,
     shared,
     tree_copy,
@@ -121,3 +124,40 @@ def test_tree_copy_survives_the_donation_of_the_original():
 def test_all_finite(bad):
     assert all_finite({"a": jnp.ones(2), "n": jnp.int32(3), "f": jnp.tanh})
     assert not all_finite({"a": jnp.ones(2), "b": jnp.array([0.0, bad])})
+
+
+def test_compiled_ahead_equals_the_function_and_compiles_once():
+    traces = []
+
+    def scale(net, settings, x):
+        traces.append(None)
+        return {"y": settings["factor"] * net(x), "name": settings["name"], "net": net}
+
+    net = eqx.nn.MLP(3, 2, 8, 1, key=jr.key(0))
+    settings = {"factor": 2.0, "name": "kept"}
+    compiled = compile_ahead(scale, net, settings, np.ones(3, np.float32))
+    for x in (np.ones(3, np.float32), jnp.arange(3.0)):
+        expected, actual = scale(net, settings, jnp.asarray(x)), compiled(net, settings, x)
+        assert_trees_close(actual["y"], expected["y"])
+        assert actual["name"] == "kept" and eqx.tree_equal(actual["net"], net)
+    assert len(traces) == 3  # once by compile_ahead, twice above
+    with pytest.raises(TypeError):
+        compiled(net, settings, jnp.ones(4))
+
+
+def test_compiled_ahead_donates_what_it_is_told_to():
+    add = compile_ahead(lambda x, y: x + y, jnp.ones(3), jnp.ones(3), donate=(1,))
+    x, y = jnp.ones(3), jnp.ones(3)
+    assert_trees_close(add(x, y), jnp.full(3, 2.0))
+    assert y.is_deleted() and not x.is_deleted()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_each_member_is_given_its_own_entries(monkeypatch, backend):
+    """By both ways: one after the other, as on a CPU, and mapped, as on an accelerator."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    stack = ensemble(lambda key: eqx.nn.Linear(3, 2, key=key), 4, key=jr.key(0))
+    x, shifts = jnp.arange(3.0), jnp.arange(4.0)
+    values = for_each_member(stack)(lambda member, shift: member(x) + shift, shifts)
+    expected = stack.weight @ x + stack.bias + shifts[:, None]
+    assert_trees_close(values, expected)

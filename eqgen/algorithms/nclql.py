@@ -83,6 +83,12 @@ class AbstractLangevinAgent(AbstractAgent):
 
     evaluation_policy = "stochastic: the sampler that also collects the data"
 
+    def __check_init__(self):
+        if self.num_particles < 1:
+            raise ValueError(f"num_particles is {self.num_particles}; an action takes at least 1.")
+        if not self.target_spread > 0:
+            raise ValueError(f"target_spread is {self.target_spread}; a standard deviation must be positive.")
+
     # --- What differs ---
 
     @abstractmethod
@@ -213,6 +219,12 @@ class LQL(AbstractLangevinAgent):
         "paper": dict(),
     }
 
+    def __check_init__(self):
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps}; a chain takes at least 1.")
+        if not self.step_size > 0:
+            raise ValueError(f"step_size is {self.step_size}; it must be positive.")
+
     @property
     def initial_inverse_temperature(self):
         return self.inverse_temperature
@@ -286,6 +298,13 @@ class NCLQL(AbstractLangevinAgent):
             raise ValueError(
                 f"num_levels is {self.num_levels}; it takes a noised and a clean level, 2 or more."
             )
+        if self.steps_per_level < 1:
+            raise ValueError(f"steps_per_level is {self.steps_per_level}; it must be at least 1.")
+        low, high = self.sigma_range
+        if not 0 < low < high:
+            raise ValueError(f"sigma_min is {low} and sigma_max {high}; 0 < sigma_min < sigma_max is needed.")
+        if self.step_ratio is not None and not self.step_ratio > 0:
+            raise ValueError(f"step_ratio is {self.step_ratio}; it must be positive.")
         if self.mode == "reference" and self.temperature != "fixed":
             raise ValueError(
                 f"temperature={self.temperature!r} needs mode='boltzmann': in reference mode the gradient is "
@@ -317,9 +336,14 @@ class NCLQL(AbstractLangevinAgent):
         return self._resolved("inverse_temperature", 500.0, 20.0)
 
     @property
+    def sigma_range(self) -> tuple[float, float]:
+        """sigma_{L-1} and sigma_0."""
+        return self._resolved("sigma_min", 0.001, 0.02), self._resolved("sigma_max", 0.1, 0.5)
+
+    @property
     def sigmas(self) -> Float[Array, " levels"]:
         """Standard deviation of the noise at each level, coarse to fine."""
-        sigma_max, sigma_min = self._resolved("sigma_max", 0.1, 0.5), self._resolved("sigma_min", 0.001, 0.02)
+        sigma_min, sigma_max = self.sigma_range
         return geometric_levels(self.num_levels, sigma_max, sigma_min)
 
     @property

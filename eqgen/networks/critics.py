@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from eqgen.networks.embeddings import sinusoid
 from eqgen.networks.mlp import MLP, Initialization, mish
-from eqgen.tree import ensemble
+from eqgen.tree import ensemble, for_each_member
 
 
 class QEnsemble(eqx.Module):
@@ -44,7 +44,8 @@ class QEnsemble(eqx.Module):
     def at(self, obs: Float[Array, " obs"]) -> Callable[[Float[Array, " act"]], Float[Array, " size"]]:
         """The values of actions at `obs`, whose share of the first layer is computed here, once."""
         folded = eqx.filter_vmap(lambda member: member.fold(0, obs))(self.members)
-        return lambda action: eqx.filter_vmap(lambda member: member(action))(folded)
+        each = for_each_member(folded)
+        return lambda action: each(lambda member: member(action))
 
 
 class NoiseConditionedQEnsemble(eqx.Module):
@@ -120,10 +121,7 @@ class NoiseConditionedQEnsemble(eqx.Module):
         not once per step.
         """
 
-        def fold(member):
-            return member.fold(2, jnp.zeros(self.embedding_size)).fold(0, obs)
-
-        folded = eqx.filter_vmap(fold)(self.members)
-        bias = lambda members: members.layers[0].bias
-        shifted = lambda share: eqx.tree_at(bias, folded, bias(folded) + share)
-        return lambda action, share: eqx.filter_vmap(lambda member: member(action))(shifted(share))
+        absent = jnp.zeros(self.embedding_size)
+        folded = eqx.filter_vmap(lambda member: member.fold(2, absent).fold(0, obs))(self.members)
+        each = for_each_member(folded)
+        return lambda action, share: each(lambda member, s: member.shift(s)(action), share)

@@ -146,3 +146,8 @@ class MLP(eqx.Module):
         """
         first, *rest = self.layers
         return eqx.tree_at(lambda mlp: mlp.layers, self, (first.fold(index, x), *rest))
+
+    def shift(self, share: Float[Array, " width"]) -> "MLP":
+        """The network with `share` added to the bias of its first layer: what an input folded elsewhere adds."""
+        bias = lambda mlp: mlp.layers[0].bias
+        return eqx.tree_at(bias, self, bias(self) + share)

@@ -1,0 +1,140 @@
+"""Studies: what a paper's `run.py` trains, and the small result files that its figures read.
+
+A study is one environment at one size, a few agents, the seeds that are reported. Each (study, agent) is one run
+directory, where an interrupted run goes on, and one file `<study>_<agent>.json`: settings, versions, hardware, and
+the evaluations of every seed.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eqgen import experiments
+from eqgen.algorithms.base import AbstractAgent, Size
+from eqgen.files import replacing
+from eqgen.runs import Run
+from eqgen.training import OnlineSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One environment at one size, the agents compared on it, the seeds reported."""
+
+    env: str
+    size: Size
+    seeds: tuple[int, ...]
+    agents: Mapping[str, AbstractAgent]
+    loop: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of `OnlineSettings` that differ from the size's preset."""
+    common: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of every agent that differ from its size's."""
+
+    @property
+    def settings(self) -> OnlineSettings:
+        return dataclasses.replace(OnlineSettings.preset(self.size, self.env), **self.loop)
+
+    def agent(self, name: str) -> AbstractAgent:
+        """The agent as it is trained, with the fields of the study's size."""
+        return dataclasses.replace(self.agents[name].resized(self.size), **self.common)
+
+
+def run_study(study: Study, name: str, agent: str, *, folder: Path, results: Path) -> Path:
+    """Trains one agent of the study called `name`, or goes on where it stopped, and writes its result file.
+
+    **Arguments:**
+
+    - `folder`: the run directory is made in it.
+    - `results`: the result file is written into it.
+    """
+    out = Path(folder) / f"{name}_{agent}"
+    if out.exists():
+        finished = experiments.resume(out)
+    else:
+        finished = experiments.train(
+            study.agent(agent), study.env, study.settings, seeds=study.seeds, out=out
+        )
+    return write_result(finished, Path(results) / f"{name}_{agent}.json")
+
+
+def write_result(run: Run, path: Path) -> Path:
+    """Settings, provenance and the evaluation records of a run, as one small file."""
+    content = {
+        "settings": run.settings,
+        "provenance": json.loads((run.path / "provenance.json").read_text()),
+        "records": [record for record in run.metrics() if "eval/return" in record],
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def read_curve(path: Path, metric: str = "eval/return") -> tuple[np.ndarray, np.ndarray]:
+    """The environment steps of a result file, and the metric at them as (seeds, steps)."""
+    records = json.loads(Path(path).read_text())["records"]
+    seeds = sorted({record["seed"] for record in records})
+    steps = sorted({record["env_step"] for record in records})
+    values = {(record["seed"], record["env_step"]): record[metric] for record in records}
+    return np.array(steps), np.array([[values[seed, step] for step in steps] for seed in seeds])
+
+
+def draw_curves(
+    panels: Mapping[str, Mapping[str, Path]], looks: Mapping[str, Mapping[str, Any]], out: Path
+) -> list[Path]:
+    """Returns of evaluation episodes over environment steps, as PDF and PNG.
+
+    **Arguments:**
+
+    - `panels`: for each title, the result file of each label. A run that was stopped early ends early; one
+        without a result file is left out, and so is a panel without any.
+    - `looks`: for each label, in the order of the legend, how its line is drawn.
+
+    **Returns:** the files written.
+
+    **Raises:** `FileNotFoundError` when there is no result file at all.
+    """
+    from eqgen import plotting
+
+    present = lambda files: {label: path for label, path in files.items() if path.exists()}
+    panels = {title: found for title, files in panels.items() if (found := present(files))}
+    if not panels:
+        raise FileNotFoundError(f"There is no result to draw for {out}: make some with the run.py beside it.")
+    with plotting.style():
+        shape = dict(width=plotting.TEXT_WIDTH, aspect=0.75, squeeze=False)
+        fig, axes = plotting.subplots(1, len(panels), **shape)
+        lines = {}
+        for ax, (title, files) in zip(axes[0], panels.items()):
+            for label in (label for label in looks if label in files):
+                steps, returns = read_curve(files[label])
+                plotting.learning_curve(ax, steps / 1000, returns, label=label, **looks[label])
+            lines |= {line.get_label(): line for line in ax.lines}
+            ax.set(title=title, xlabel="thousand environment steps")
+        axes[0, 0].set_ylabel("evaluation return")
+        shown = [label for label in looks if label in lines]
+        columns = len(shown) if len(shown) < 5 else 3
+        fig.legend([lines[label] for label in shown], shown, loc="outside lower center", ncols=columns)
+        return plotting.save(fig, out)
+
+
+def main(studies: Mapping[str, Study], *, folder: Path, results: Path, argv: Sequence[str] | None = None):
+    """The command line of a `run.py`: which study, which of its agents, or a list of what there is."""
+    parser = argparse.ArgumentParser(
+        description="Trains the agents of a study and keeps what the figures need."
+    )
+    parser.add_argument("study", nargs="?", choices=list(studies))
+    parser.add_argument("--only", metavar="AGENT", help="one agent instead of all")
+    args = parser.parse_args(argv)
+    if args.study is None:
+        for name, study in studies.items():
+            agents = ", ".join(study.agents)
+            print(f"{name}: {study.env}, {study.settings.total_steps} steps, seeds {study.seeds}: {agents}")
+        return
+    study = studies[args.study]
+    if args.only is not None and args.only not in study.agents:
+        parser.error(f"{args.study} has no agent {args.only!r}; it has {', '.join(study.agents)}.")
+    for agent in [args.only] if args.only else study.agents:
+        print(run_study(study, args.study, agent, folder=folder, results=results), flush=True)
