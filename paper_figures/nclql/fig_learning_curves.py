@@ -1,0 +1,48 @@
+"""Learning curves of NC-LQL and LQL, one panel per task, beside SOM and SAC from `paper_figures/som/results`.
+
+    python paper_figures/nclql/fig_learning_curves.py
+
+A panel shows the return of evaluation episodes (mean over episodes; over several seeds mean and 95 % bootstrap
+band, a single seed as a line). A run that was stopped early ends early.
+"""
+
+from pathlib import Path
+
+from eqgen import plotting, studies
+
+
+HERE = Path(__file__).parent
+PANELS = {
+    "Pendulum-v1": "pendulum-cpu",
+    "HalfCheetah-v5": "halfcheetah-cpu",
+    "Hopper-v5": "hopper-cpu",
+}
+LABELS = {
+    "NC-LQL (reference)": "nclql-reference",
+    "NC-LQL (Boltzmann)": "nclql-boltzmann",
+    "LQL": "lql",
+    "SOM": "som-safe",
+    "SAC": "sac",
+}
+LOOKS = {
+    label: dict(color=color, linestyle=style)
+    for label, color, style in zip(LABELS, plotting.COLORS, ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1))))
+}
+
+
+def draw(
+    results: Path = HERE / "results",
+    beside: Path = HERE.parent / "som" / "results",
+    out: Path = HERE / "learning_curves",
+) -> list[Path]:
+    """Writes the figure as PDF and PNG. SOM and SAC are read from `beside`."""
+
+    def files(study):
+        folder = lambda agent: beside if agent in ("som-safe", "sac") else results
+        return {label: folder(agent) / f"{study}_{agent}.json" for label, agent in LABELS.items()}
+
+    return studies.draw_curves({title: files(study) for title, study in PANELS.items()}, LOOKS, out)
+
+
+if __name__ == "__main__":
+    print(*draw(), sep="\n")
