@@ -340,7 +340,7 @@ def test_reflection_is_right_at_any_distance(low, high, getkey, x64):
     expected = jnp.array([reflected(point, low, high) for point in x.tolist()])
     assert_trees_close(reflect_into_box(low, high)(x), expected, rtol=0, atol=1e-12)
     # Inside it changes no bit, and bounds may differ between coordinates.
-    inside = jr.uniform(getkey(), (200,), minval=low, maxval=high)
+    inside = jnp.clip((low + high) / 2 + 0.1 * jr.normal(getkey(), (200,)), low, high)
     assert_trees_close(reflect_into_box(low, high)(inside), inside, rtol=0, atol=0)
     bounds = np.linspace(low, low + 0.1, 200), np.linspace(high, high + 1, 200)
     expected = jnp.array([reflected(*triple) for triple in zip(x.tolist(), *bounds)])
@@ -348,10 +348,12 @@ def test_reflection_is_right_at_any_distance(low, high, getkey, x64):
 
 
 def test_reflection_never_leaves_the_box(getkey):
-    """Nor by a rounding, at bounds that are no binary fractions."""
-    low, high = jnp.float32(-0.1), jnp.float32(0.3)
-    x = reflect_into_box(low, high)(100 * jr.normal(getkey(), (100_000,)))
-    assert x.min() >= low and x.max() <= high
+    """Nor by a rounding: the next numbers outside the bounds of boxes of all sizes."""
+    centre, half = jr.normal(getkey(), (10_000,)), jnp.exp(3 * jr.normal(getkey(), (10_000,)))
+    low, high = centre - half, centre + half
+    for outside in (jnp.nextafter(low, -jnp.inf), jnp.nextafter(high, jnp.inf)):
+        x = reflect_into_box(low, high)(outside)
+        assert jnp.all((low <= x) & (x <= high))
 
 
 def test_reflection_keeps_the_uniform_law_and_clipping_does_not(getkey):
