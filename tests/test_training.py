@@ -102,9 +102,9 @@ def test_training_2n_equals_n_stopped_and_n_more_to_the_last_bit():
 
 def test_a_seed_does_not_depend_on_the_seeds_beside_it():
     env, agent = make("gymnax/Pendulum-v1"), SAC.tiny()
-    settings = dataclasses.replace(SETTINGS, total_steps=20, eval_every=0)
-    _, together = run(agent, env, settings, seeds=(3, 5))
-    _, alone = run(agent, env, settings, seeds=(5,))
+    settings = dataclasses.replace(SETTINGS, eval_every=0)
+    _, together = run(agent, env, settings, seeds=(3, 5), until=20)
+    _, alone = run(agent, env, settings, seeds=(5,), until=20)
     # Warm-up data are the same to the last bit; updates are batched matrix products, which sum in another order.
     assert_trees_close(
         take(together.replay.data.obs, 1)[:10], take(alone.replay.data.obs, 0)[:10], rtol=0, atol=0

@@ -57,7 +57,8 @@ def step_autoreset(
     `obs` is the true next observation also when the episode ended.
     """
     step_key, reset_key = jr.split(key)
-    next_state, timestep = env.step(state, action, key=step_key)
+    # The barrier: else XLA may compute the observation twice, rounded differently, once to keep and once to go on.
+    next_state, timestep = jax.lax.optimization_barrier(env.step(state, action, key=step_key))
     reset_state, reset_obs = env.reset(key=reset_key)
     pick = lambda fresh, old: jnp.where(timestep.done, fresh, old)
     return jax.tree.map(pick, reset_state, next_state), pick(reset_obs, timestep.obs), timestep
