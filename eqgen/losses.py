@@ -22,7 +22,13 @@ def critic_loss(
     target: Float[Array, " batch"],
 ) -> tuple[Float[Array, ""], Metrics]:
     """The sum over an ensemble of critics of each one's mean squared error to the common target."""
-    q = jax.vmap(critics)(batch.obs, batch.action)
+    return squared_error(jax.vmap(critics)(batch.obs, batch.action), target)
+
+
+def squared_error(
+    q: Float[Array, "batch size"], target: Float[Array, " batch"]
+) -> tuple[Float[Array, ""], Metrics]:
+    """`critic_loss` of values that are at hand already."""
     loss = jnp.sum(jnp.mean((q - target[:, None]) ** 2, axis=0))
     metrics = {"critic/loss": loss, "critic/q": jnp.mean(q), "critic/q_std": jnp.std(q)}
     return loss, metrics | {"critic/target": jnp.mean(target)}

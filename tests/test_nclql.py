@@ -209,7 +209,7 @@ def test_reference_mode_is_blind_to_the_scale_of_q():
     centre = jnp.array([0.3, -0.2, 0.1, 0.0, -0.4, 0.2])
     run = lambda curvature: chains(NCLQL(), quadratic(curvature, centre), 4000, act=6, key=jr.key(0))
     actions, scaled = run(1.0), run(20.0)
-    assert abs(float(jnp.std(actions - centre, axis=0).mean()) - 0.0122) < 0.001  # the specification's bound
+    assert abs(float(jnp.std(actions, axis=0).mean()) - 0.0122) < 0.001  # the specification's bound
     assert float(jnp.max(jnp.abs(actions.mean(0) - centre))) < 0.002  # likewise
     # The constant 1e-8 beside the norm, and rounding: the specification allows 1e-3.
     assert float(jnp.max(jnp.abs(actions - scaled))) < 1e-3
@@ -345,11 +345,8 @@ def test_whose_critics_decide_what():
     assert_trees_close(target(state, ended), float(0.2 * data.reward.mean()))
     swapped = dataclasses.replace(state, target_critics=other)
     assert abs(target(swapped, data) - target(state, data)) > 1e-3
-    constant = eqx.tree_at(
-        lambda s: [(l.weights, l.bias) for l in s.target_critics.members.layers],
-        state,
-        [jax.tree.map(jnp.zeros_like, (l.weights, l.bias)) for l in state.target_critics.members.layers],
-    )
+    zeros = jax.tree.map(jnp.zeros_like, state.target_critics)
+    constant = dataclasses.replace(state, target_critics=zeros)
     online = dataclasses.replace(constant, critics=other)
     assert target(online, data) == target(constant, data)  # a target of zeros does not ask which action
 
@@ -377,7 +374,7 @@ def test_noised_levels_learn_the_posterior_mean(x64):
     basis = jnp.eye(8)[:6].reshape(6, 4, 2)
     hessian = jnp.stack([loss(Linear(b)).slopes[:3].ravel() - gradient for b in basis])
     slopes = -jnp.linalg.solve(hessian.T, gradient).reshape(3, 2)
-    expected = c * (tau**2 / (tau**2 + agent.sigmas[:3] ** 2))[:, None]
+    expected = c[None] * (tau**2 / (tau**2 + agent.sigmas[:3] ** 2))[:, None]
     np.testing.assert_allclose(slopes, expected, rtol=0.02)  # 133 000 pairs a level: under a per cent
 
 
@@ -431,7 +428,7 @@ def test_spread_is_the_standard_deviation_within_a_state():
 
 
 def test_evaluation_by_hashed_observation_ignores_the_key():
-    agent = dataclasses.replace(SMALL, evaluation_key="observation")
+    agent = NCLQL.boltzmann(hidden=(16, 16), inverse_temperature=1.0, evaluation_key="observation")
     state, obs = agent.init(EXAMPLE, key=jr.key(0)), jnp.array([0.3, -1.0, 2.0])
     act = lambda key, explore, obs=obs: agent.act(state, obs, key=jr.key(key), explore=explore)
     assert jnp.array_equal(act(0, False), act(1, False))
@@ -445,7 +442,6 @@ def test_evaluation_by_hashed_observation_ignores_the_key():
         (dict(num_levels=1), "num_levels is 1"),
         (dict(temperature="spread"), "needs mode='boltzmann'"),
         (dict(level_weights=(1.0, 2.0)), "level_weights has 2 entries"),
-        (dict(mode="langevin"), "not supported"),
         (dict(num_particles=0), "num_particles is 0"),
         (dict(steps_per_level=0), "steps_per_level is 0"),
         (dict(sigma_max=0.001, sigma_min=0.1), "sigma"),

@@ -43,14 +43,14 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from eqgen.algorithms.base import AbstractAgent, gradient_step, vector_sizes
-from eqgen.losses import critic_loss, td_target
+from eqgen.losses import critic_loss, squared_error, td_target
 from eqgen.networks.critics import NoiseConditionedQEnsemble, QEnsemble
 from eqgen.samplers import annealed_langevin, clip_to_box, geometric_levels, langevin
 from eqgen.tree import polyak, tree_copy
 from eqgen.types import Metrics, Transition
 
 
-Critics = QEnsemble | NoiseConditionedQEnsemble
+Critics = Any  # a QEnsemble, a NoiseConditionedQEnsemble, or something with the same methods
 CleanCritics = Callable[[Float[Array, " obs"], Float[Array, " act"]], Float[Array, " size"]]
 
 _SPREAD_ROWS = 32  # states of a batch whose spread of actions is measured
@@ -193,7 +193,7 @@ class AbstractLangevinAgent(AbstractAgent):
 class LQL(AbstractLangevinAgent):
     """Langevin Q-learning: a_k = clip(a_{k-1} + (epsilon / 2) w grad Q + sqrt(epsilon) z) [P, I]."""
 
-    inverse_temperature: float = 20.0
+    inverse_temperature: float = 60.0
     """w of exp(w Q), Q the mean of the critics; in units of 1 / (`reward_scale` times return)."""
     num_steps: int = 20
     """K, as many steps as NC-LQL takes [I]."""
@@ -257,7 +257,7 @@ class NCLQL(AbstractLangevinAgent):
     num_levels: int = 10
     steps_per_level: int = 2
     inverse_temperature: float | None = None
-    """w. None: 500 in reference mode [C]; 20 in Boltzmann mode [T], where it multiplies `reward_scale`."""
+    """w. None: 500 in reference mode [C]; in Boltzmann mode 150, per unit of `reward_scale` times return [T]."""
     sigma_max: float | None = None
     """sigma_0, in units of the box [-1, 1]. None: 0.1 in reference mode [C], 0.5 in Boltzmann mode [T]."""
     sigma_min: float | None = None
@@ -333,7 +333,7 @@ class NCLQL(AbstractLangevinAgent):
 
     @property
     def initial_inverse_temperature(self):
-        return self._resolved("inverse_temperature", 500.0, 20.0)
+        return self._resolved("inverse_temperature", 500.0, 150.0)
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -378,14 +378,13 @@ class NCLQL(AbstractLangevinAgent):
     # --- Learning ---
 
     def clean_loss(
-        self, critics: NoiseConditionedQEnsemble, batch: Transition, target: Float[Array, " batch"]
+        self, critics: Critics, batch: Transition, target: Float[Array, " batch"]
     ) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, " batch"]]]:
         """Temporal differences at the clean level; beside the metrics the mean over the critics, which the
         noised levels regress on."""
         q = jax.vmap(self.clean(critics))(batch.obs, batch.action)
-        loss = jnp.sum(jnp.mean((q - target[:, None]) ** 2, axis=0))
-        metrics = {"critic/loss": loss, "critic/q": jnp.mean(q), "critic/q_std": jnp.std(q)}
-        return loss, (metrics | {"critic/target": jnp.mean(target)}, jnp.mean(q, axis=1))
+        loss, metrics = squared_error(q, target)
+        return loss, (metrics, jnp.mean(q, axis=1))
 
     def perturbed(
         self, actions: Float[Array, "batch act"], *, key: Key[Array, ""]
@@ -397,7 +396,7 @@ class NCLQL(AbstractLangevinAgent):
 
     def noised_loss(
         self,
-        critics: NoiseConditionedQEnsemble,
+        critics: Critics,
         obs: Float[Array, "batch obs"],
         noised: Float[Array, "batch act"],
         levels: Int[Array, " batch"],
