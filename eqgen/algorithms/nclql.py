@@ -200,6 +200,7 @@ class LQL(AbstractLangevinAgent):
     step_size: float = 0.01
     """epsilon. Stable where (epsilon / 2) w times the curvature of Q is below 2."""
     num_particles: int = 1
+    """P chains an action, of which the best by min_i Q_i is taken."""
     temperature: Literal["fixed", "spread"] = "fixed"
     """"spread" adapts w until actions have `target_spread`; an extension [I]."""
     target_spread: float = 0.3
@@ -209,6 +210,7 @@ class LQL(AbstractLangevinAgent):
     discount: float = 0.99
     reward_scale: float = 0.2
     tau: float = 0.005
+    """Share of the online critics that enters the target critics at each update."""
     learning_rate: float = 1e-4
     hidden: tuple[int, ...] = (256, 256, 256)
     activation: str = "mish"
@@ -253,9 +255,12 @@ class NCLQL(AbstractLangevinAgent):
     """Noise-conditioned Langevin Q-learning, in two modes; see the head of this file."""
 
     mode: Literal["reference", "boltzmann"] = "reference"
+    """The released algorithm [C], or a sampler of exp(w Q) [I]."""
     # The sampler
     num_levels: int = 10
+    """L, the clean level included."""
     steps_per_level: int = 2
+    """T."""
     inverse_temperature: float | None = None
     """w. None: 500 in reference mode [C]; in Boltzmann mode 150, per unit of `reward_scale` times return [T]."""
     sigma_max: float | None = None
@@ -283,6 +288,7 @@ class NCLQL(AbstractLangevinAgent):
     reward_scale: float = 0.2
     """What rewards are multiplied by before they reach the critics [C]."""
     tau: float = 0.005
+    """Share of the online critics that enters the target critics at each update."""
     learning_rate: float = 1e-4
     hidden: tuple[int, ...] = (256, 256, 256)
     activation: str = "mish"
