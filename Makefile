@@ -1,6 +1,6 @@
 # Everything a clone needs: Python >= 3.11 and make. Every target sets up .venv first, if it is not there yet.
 #   make test PYTHON=python3.12     another interpreter (run `make clean` first if .venv has a different one)
-#   make test WORKERS=1             processes that share the test files; of their own they take 1 GB each
+#   make test WORKERS=1             processes that share the test files; each takes 2 GB
 
 PYTHON ?= python3
 EXTRAS := notebooks,figures,log,dev
