@@ -1,28 +1,29 @@
 """LQL and NC-LQL on multimodal bandits, and how fast their samplers mix.
 
     python paper_figures/nclql/bandit.py              everything, some minutes on one core
-    python paper_figures/nclql/bandit.py four         one bandit: `four`, `eight` or `unequal`
+    python paper_figures/nclql/bandit.py four         one bandit: `four` or `eight`
     python paper_figures/nclql/bandit.py mixing       plain against annealed Langevin from one mode
 
-Bandits: one step, two-dimensional actions, reward r(a) = sum_k h_k exp(-|a - m_k|^2 / 2 s^2), s = 0.1: bumps
-at four corners or on eight points of a ring, equally high or (`unequal`) such that exp(w r) gives the modes about
-.55, .25, .15, .05. The layout is ours; that of the paper is not known to us. Critics are learned from 10 000
-uniform actions. Each sampler then draws 2000 actions, from uniform starts:
+Bandits: `toy/mixture` (four modes of weights .4, .3, .2, .1) and `toy/ring` (eight equal ones). The reward is
+log p of a Gaussian mixture p, so that the soft policy of w = 1 is p on the box. Layout and reward are ours; those
+of the paper are not known to us. Critics are learned from 10 000 uniform actions and their rewards. Each sampler
+then draws 2000 actions, from uniform starts:
 
-- `entropy`: of the shares of the modes, each action counted for the nearest, over that of equal shares;
-- `within_3_std`: share of actions within 3 s of a mode;
-- `shares`: of each mode, beside `exact`, what exp(w r) gives it;
-- `tv`: total variation to exp(w r), both as masses of 40 x 40 cells; `tv_exact` is what as many exact draws have.
+- `entropy`: of the shares of the modes over that of equal shares;
+- `within_3_std`: share of actions within 3 standard deviations of a mode;
+- `shares`: of each mode, beside `exact`, their weights;
+- `tv`: total variation to p, both as masses of 40 x 40 cells; `tv_exact` is what as many exact draws have.
 
-Mixing: four equal Gaussians (s = 0.05) at the corners of a square in the first two of d coordinates, all chains
-starting in one; exact scores, smoothed for annealed chains (sigma from 0.6 to 0.02, 10 levels, eta = 0.3 sigma^2).
+Mixing: four equal Gaussians (s = 0.05) at (m, ..., m) in d coordinates, m the corners of a square, so that the way
+from mode to mode grows as sqrt(d); all chains start in one. Scores are exact, smoothed for annealed chains (sigma
+from 0.6 to 0.02, 10 levels, eta = 0.3 sigma^2). `in_mode` is the share of chains within the radius that holds 99 %
+of the draws from a mode.
 """
 
 import argparse
 import dataclasses
 import json
 import time
-from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -33,6 +34,8 @@ import numpy as np
 
 from eqgen.algorithms.nclql import LQL, NCLQL
 from eqgen.envs.base import example_transition
+from eqgen.envs.catalog import make
+from eqgen.envs.toys import MixtureBandit
 from eqgen.files import replacing
 from eqgen.hyperparameters import to_json
 from eqgen.provenance import provenance
@@ -43,27 +46,19 @@ from eqgen.types import Transition
 
 
 RESULTS = Path(__file__).parent / "results"
-STD, W, CELLS = 0.1, 10.0, 40
-UPDATES, BATCH, REPLAY, SAMPLES, SEED = 8_000, 256, 10_000, 2_000, 0
+UPDATES, BATCH, REPLAY, SAMPLES, CELLS, SEED = 8_000, 128, 10_000, 2_000, 40, 0
 
-CORNERS = 0.5 * np.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
-ANGLES = 2 * np.pi * np.arange(8) / 8
-BANDITS = {
-    "four": (CORNERS, np.ones(4)),
-    "eight": (0.6 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1), np.ones(8)),
-    "unequal": (CORNERS, 1 + np.log(np.array([0.55, 0.25, 0.15, 0.05]) / 0.55) / W),
-}
-
-COMMON = dict(hidden=(64, 64), learning_rate=1e-3, discount=0.0, reward_scale=1.0)
+BANDITS = {"four": "toy/mixture", "eight": "toy/ring"}
+COMMON = dict(hidden=(128, 128), learning_rate=1e-3, discount=0.0, reward_scale=1.0)
 AGENTS = {
     "reference": NCLQL(**COMMON),
-    "boltzmann": NCLQL.boltzmann(inverse_temperature=W, **COMMON),
-    # Half the largest step that is stable under the curvature of w r, w / s^2.
-    "lql": LQL(inverse_temperature=W, step_size=2e-3, **COMMON),
+    "boltzmann": NCLQL.boltzmann(inverse_temperature=1.0, **COMMON),
+    "lql": LQL(inverse_temperature=1.0, **COMMON),
 }
 LONGER = {"boltzmann": dict(steps_per_level=50), "lql": dict(num_steps=500)}
-"""What of an agent's sampler is changed, with the same critics, for as many steps as chains need."""
+"""What of an agent's sampler is changed, with the same critics, for 500 steps in place of 20."""
 
+CORNERS = 0.5 * np.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
 DIMENSIONS, STEPS_PER_LEVEL = (2, 4, 8, 16), (1, 2, 5, 10, 20, 50)
 MIXING_STD, SIGMAS = 0.05, geometric_levels(10, 0.6, 0.02)
 
@@ -71,19 +66,12 @@ MIXING_STD, SIGMAS = 0.05, geometric_levels(10, 0.6, 0.02)
 # --- Bandits ---
 
 
-def reward(name: str, action):
-    """r(a)."""
-    centres, heights = BANDITS[name]
-    square = jnp.sum((action[None] - centres) ** 2, axis=-1)
-    return jnp.sum(heights * jnp.exp(-square / (2 * STD**2)))
-
-
-def train(agent: LQL | NCLQL, name: str, updates: int, *, key):
+def train(agent: LQL | NCLQL, bandit: MixtureBandit, updates: int, *, key):
     """The agent after so many updates of its critics. The discount is 0: the target is the reward, and the other
     half of `agent.update`, which draws next actions, is not needed."""
     init_key, replay_key, key = jr.split(key, 3)
     actions = jr.uniform(replay_key, (REPLAY, 2), minval=-1.0, maxval=1.0)
-    rewards = jax.vmap(partial(reward, name))(actions)
+    rewards = jax.vmap(bandit.log_density)(actions)
     obs, ended = jnp.zeros((BATCH, 1)), jnp.ones(BATCH, bool)
 
     def step(state, key):
@@ -102,44 +90,39 @@ def train(agent: LQL | NCLQL, name: str, updates: int, *, key):
     return state, loss
 
 
-def exact_masses(name: str) -> np.ndarray:
-    """The masses of exp(w r) in CELLS x CELLS cells of the box, first coordinate first."""
-    fine = 20 * CELLS
-    line = (np.arange(fine) + 0.5) / fine * 2 - 1
-    grid = jnp.stack(jnp.meshgrid(line, line, indexing="ij"), axis=-1)
-    logs = W * np.asarray(jax.jit(jax.vmap(jax.vmap(partial(reward, name))))(grid), np.float64)
-    density = np.exp(logs - logs.max()).reshape(CELLS, 20, CELLS, 20).sum(axis=(1, 3))
-    return density / density.sum()
-
-
-def nearest(name: str, actions):
-    """Distance to the nearest mode, and which it is."""
-    distances = np.linalg.norm(np.asarray(actions)[..., None, :] - BANDITS[name][0], axis=-1)
-    return distances.min(axis=-1), distances.argmin(axis=-1)
-
-
 def entropy(shares: np.ndarray) -> float:
     """Over that of equal shares."""
     return float(np.sum(shares * np.log(1 / np.maximum(shares, 1e-12))) / np.log(len(shares)))
 
 
-def measure(name: str, actions: np.ndarray) -> dict:
+def exact_masses(bandit: MixtureBandit) -> np.ndarray:
+    """The masses of p in CELLS x CELLS cells of the box, first coordinate first."""
+    fine = 10
+    line = (np.arange(fine * CELLS) + 0.5) / (fine * CELLS) * 2 - 1
+    grid = jnp.stack(jnp.meshgrid(line, line, indexing="ij"), axis=-1)
+    density = np.exp(np.asarray(jax.jit(jax.vmap(jax.vmap(bandit.log_density)))(grid), np.float64))
+    masses = density.reshape(CELLS, fine, CELLS, fine).sum(axis=(1, 3))
+    return masses / masses.sum()
+
+
+def measure(bandit: MixtureBandit, actions: np.ndarray) -> dict:
     """The measures named above, and 400 of the actions."""
-    masses = exact_masses(name)
-    middle = (np.arange(CELLS) + 0.5) / CELLS * 2 - 1
-    modes = nearest(name, np.stack(np.meshgrid(middle, middle, indexing="ij"), axis=-1))[1]
-    count = len(BANDITS[name][0])
-    cells = np.histogram2d(*actions.T, bins=CELLS, range=[[-1, 1], [-1, 1]])[0] / len(actions)
-    draws = np.random.default_rng(SEED).multinomial(len(actions), masses.ravel()) / len(actions)
-    distance, mode = nearest(name, actions)
-    shares = np.bincount(mode, minlength=count) / len(actions)
+    masses = exact_masses(bandit)
+
+    def distance(actions):
+        cells = np.histogram2d(*actions.T, bins=CELLS, range=[[-1, 1], [-1, 1]])[0] / len(actions)
+        return round(float(np.abs(cells - masses).sum() / 2), 4)
+
+    modes = jax.jit(jax.vmap(bandit.mode))(actions)
+    shares = np.bincount(modes, minlength=bandit.num_modes) / len(actions)
+    away = np.linalg.norm(actions[:, None] - np.asarray(bandit.mode_centres), axis=-1).min(axis=1)
     return {
         "entropy": round(entropy(shares), 4),
-        "within_3_std": round(float(np.mean(distance < 3 * STD)), 4),
+        "within_3_std": round(float(np.mean(away < 3 * bandit.density.stds[0])), 4),
         "shares": shares.round(4).tolist(),
-        "exact": np.bincount(modes.ravel(), masses.ravel(), minlength=count).round(4).tolist(),
-        "tv": round(float(np.abs(cells - masses).sum() / 2), 4),
-        "tv_exact": round(float(np.abs(draws - masses.ravel()).sum() / 2), 4),
+        "exact": np.asarray(bandit.mode_weights, float).round(4).tolist(),
+        "tv": distance(actions),
+        "tv_exact": distance(np.asarray(bandit.sample_optimal(len(actions), key=jr.key(SEED + 2)))),
         "samples": actions[:400].round(3).tolist(),
     }
 
@@ -153,10 +136,10 @@ def draw(agent: LQL | NCLQL, state):
 
 def run_bandit(name: str, updates: int = UPDATES) -> dict:
     """Trains every agent on one bandit and measures its samplers."""
-    samplers = {}
+    bandit, samplers = make(BANDITS[name]), {}
     for number, (label, agent) in enumerate(AGENTS.items()):
         cpu = time.process_time()
-        state, loss = train(agent, name, updates, key=jr.fold_in(jr.key(SEED), number))
+        state, loss = train(agent, bandit, updates, key=jr.fold_in(jr.key(SEED), number))
         seconds = time.process_time() - cpu
         variants = {label: agent}
         if label in LONGER:
@@ -167,20 +150,9 @@ def run_bandit(name: str, updates: int = UPDATES) -> dict:
                 "agent": to_json(sampler),
                 "critic_loss": round(loss, 5),
                 "training_cpu_seconds": round(seconds, 1),
-                **measure(name, actions),
+                **measure(bandit, actions),
             }
-    centres, heights = BANDITS[name]
-    settings = {
-        "bandit": name,
-        "centres": centres.round(5).tolist(),
-        "heights": heights.round(5).tolist(),
-        "std": STD,
-        "w": W,
-        "updates": updates,
-        "batch": BATCH,
-        "replay": REPLAY,
-        "seed": SEED,
-    }
+    settings = {"bandit": bandit.name, "updates": updates, "batch": BATCH, "replay": REPLAY, "seed": SEED}
     return {"settings": settings, "provenance": provenance(), "samplers": samplers}
 
 
@@ -189,11 +161,9 @@ def run_bandit(name: str, updates: int = UPDATES) -> dict:
 
 def mix(dim: int, steps_per_level: int) -> list[dict]:
     """Entropy over ln 4 of the modes and the share of chains in a mode, after 10 `steps_per_level` steps."""
-    means = np.pad(CORNERS, ((0, 0), (0, dim - 2)))
-    mixture, start = (
-        GaussianMixture(means, np.full(4, MIXING_STD), np.ones(4)),
-        jnp.asarray(means[0], jnp.float32),
-    )
+    means = np.tile(CORNERS, dim // 2)
+    mixture = GaussianMixture(means, np.full(4, MIXING_STD), np.ones(4))
+    start = jnp.asarray(means[0], jnp.float32)
     step_sizes, keys = 0.3 * SIGMAS**2, jr.split(jr.key(SEED), SAMPLES)
 
     def plain(key):
