@@ -104,8 +104,8 @@ def draw_curves(
     if not panels:
         raise FileNotFoundError(f"There is no result to draw for {out}: make some with the run.py beside it.")
     with plotting.style():
-        shape = dict(width=plotting.TEXT_WIDTH, aspect=0.75, squeeze=False)
-        fig, axes = plotting.subplots(1, len(panels), **shape)
+        width = plotting.TEXT_WIDTH if len(panels) > 1 else plotting.COLUMN_WIDTH
+        fig, axes = plotting.subplots(1, len(panels), width=width, aspect=0.75, squeeze=False)
         lines = {}
         for ax, (title, files) in zip(axes[0], panels.items()):
             for label in (label for label in looks if label in files):
@@ -115,7 +115,7 @@ def draw_curves(
             ax.set(title=title, xlabel="thousand environment steps")
         axes[0, 0].set_ylabel("evaluation return")
         shown = [label for label in looks if label in lines]
-        columns = len(shown) if len(shown) < 5 else 3
+        columns = min(len(shown), 2 if len(panels) == 1 else 5)
         fig.legend([lines[label] for label in shown], shown, loc="outside lower center", ncols=columns)
         return plotting.save(fig, out)
 

@@ -3,7 +3,7 @@
     python paper_figures/nclql/fig_learning_curves.py
 
 A panel shows the return of evaluation episodes (mean over episodes; over several seeds mean and 95 % bootstrap
-band, a single seed as a line). A run that was stopped early ends early.
+band, a single seed as a line). A run that was stopped early ends early; a task without a run has no panel.
 """
 
 from pathlib import Path
@@ -21,12 +21,13 @@ LABELS = {
     "NC-LQL (reference)": "nclql-reference",
     "NC-LQL (Boltzmann)": "nclql-boltzmann",
     "LQL": "lql",
-    "SOM": "som-safe",
-    "SAC": "sac",
 }
+BESIDE = {"SOM": "som-safe", "SAC": "sac"}
 LOOKS = {
     label: dict(color=color, linestyle=style)
-    for label, color, style in zip(LABELS, plotting.COLORS, ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1))))
+    for label, color, style in zip(
+        LABELS | BESIDE, plotting.COLORS, ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)))
+    )
 }
 
 
@@ -38,8 +39,9 @@ def draw(
     """Writes the figure as PDF and PNG. SOM and SAC are read from `beside`."""
 
     def files(study):
-        folder = lambda agent: beside if agent in ("som-safe", "sac") else results
-        return {label: folder(agent) / f"{study}_{agent}.json" for label, agent in LABELS.items()}
+        own = {label: results / f"{study}_{agent}.json" for label, agent in LABELS.items()}
+        others = {label: beside / f"{study}_{agent}.json" for label, agent in BESIDE.items()}
+        return own | others if any(path.exists() for path in own.values()) else {}
 
     return studies.draw_curves({title: files(study) for title, study in PANELS.items()}, LOOKS, out)
 
