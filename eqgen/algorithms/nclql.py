@@ -22,7 +22,7 @@ temperature, and modes are visited alike whatever their weight [T].
 
 `NCLQL(mode="boltzmann")` samples exp(w Q) [I]: gradient of the mean of the critics, as it is, and steps in units
 of the level's variance, so that w is an inverse temperature. With the released code's budget of 20 steps the chain
-is not at its end: from one mode the shares of four modes are off by a total variation of .14 to .20, and by .02 to
+is not at its end: the shares of four modes are off by a total variation of .14 to .20, and by .02 to
 .04 with `steps_per_level=50` [T].
 
 Differs from the released code in:
