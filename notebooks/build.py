@@ -18,6 +18,8 @@ from PIL import Image
 
 
 HERE = Path(__file__).resolve().parent
+# XLA logs its alarm at a slow compile, which on a busy machine would end up in an output, as an error.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 

@@ -31,7 +31,7 @@
 
 # %% tags=["parameters"]
 seeds = (0, 1, 2)
-total_steps = 8000  # smoke: 60
+total_steps = 10_000  # smoke: 60
 warmup_steps = 1000  # smoke: 20
 eval_every = 500  # smoke: 20
 eval_episodes = 20  # smoke: 2
@@ -40,9 +40,9 @@ hidden = (64, 64)
 num_score_samples = 16  # smoke: 4
 num_candidates = 4  # smoke: 2
 num_eval_candidates = 8  # smoke: 2
-learning_rate = 1e-3
+learning_rate = 5e-4
 threshold = -200.0
-film_key = 0
+film_key = 13
 film_steps = (0, 10, 20, 30, 40, 60, 80)
 
 # %%
@@ -93,7 +93,9 @@ print(f"return of random torques: mean {returns.mean():.0f}, deviation {returns.
 
 # %% [markdown]
 # An agent is its hyperparameters, nothing else. Both get two hidden layers of 64, the same learning rate, the same
-# data per update; what evolves is in a separate state.
+# data per update; what evolves is in a separate state. SOM updates actor and target networks after every second
+# update of the critics only [L]; twice SAC's `tau` lets its targets move as fast. (Settings were tried on other
+# seeds.)
 
 # %%
 common = dict(hidden=hidden, actor_learning_rate=learning_rate, critic_learning_rate=learning_rate)
@@ -102,6 +104,7 @@ agents = {
         num_score_samples=num_score_samples,
         num_candidates=num_candidates,
         num_eval_candidates=num_eval_candidates,
+        tau=0.01,
         **common,
     ),
     "SAC": SAC(temperature_learning_rate=learning_rate, **common),
@@ -157,7 +160,9 @@ for key, value in last.items():
 # %% [markdown]
 # ## 3. Learning curves
 #
-# With three seeds an interval says little, so the seeds themselves are drawn too.
+# With three seeds an interval says little, so the seeds themselves are drawn too (thin). SOM's critics see rewards
+# times 0.2 [L]; on the right this is undone, so that both are in units of the return. (SAC's values also count
+# entropy.)
 
 
 # %%
@@ -173,17 +178,19 @@ for name, style in (("SOM", "-"), ("SAC", "--")):
     meaning = plotting.learning_curve(
         left, *curve(name, "eval/return"), label=name, show_seeds=True, linestyle=style
     )
-    plotting.learning_curve(right, *curve(name, "critic/q"), label=f"{name}, $Q$", linestyle=style)
-left.axhline(float(returns.mean()), color="0.5", linewidth=0.8, linestyle=":", label="random")
-left.axhline(threshold, color="0.5", linewidth=0.8)
+    steps, values = curve(name, "critic/q")
+    plotting.learning_curve(right, steps, values / agents[name].reward_scale, label=name, linestyle=style)
+left.axhline(float(returns.mean()), color="0.5", linewidth=0.8, linestyle=":", label="random torques")
+left.axhline(threshold, color="0.5", linewidth=0.8, label=f"{threshold:.0f}")
 left.set(xlabel="environment steps", ylabel="return", title=meaning)
-left.legend(loc="lower right")
-right.set(xlabel="environment steps", ylabel="mean value of replayed actions", title="the critics")
-right.legend()
+right.set(xlabel="environment steps", ylabel="mean Q of replayed actions", title="the critics")
+fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 plt.show()
 
 # %% [markdown]
-# TO BE WRITTEN FROM THE RESULT. (SOM's critics see rewards times 0.2, [L].)
+# Both are above -200 for the first time after 3500 to 5000 steps, and both fall back now and then: for a few
+# evaluations one seed loses hundreds. (In the relapses that we looked at, under other settings, the pendulum passes
+# the top at full speed, round and round [T].) The critics of the two agree on what replayed actions are worth.
 
 # %% [markdown]
 # ## 4. A look inside
@@ -250,14 +257,21 @@ for i, (title, (top, bottom)) in enumerate(zip(situations, axes.T)):
     bottom.hist(best[i], bins, color=plotting.COLORS[0], label=f"best of {num_eval_candidates}", **hist)
     bottom.hist(gaussian[i], bins, color=plotting.COLORS[1], linestyle="--", label="SAC's actor", **hist)
     bottom.plot(actions, density[i], color="k", label=r"$\exp(\alpha\hat Q)$")
-    bottom.set(xlabel="action", yscale="log", ylim=(0.03, 30))
+    bottom.set(xlabel="action", yscale="log", ylim=(0.03, 50))
 axes[0, 0].set_ylabel("Q")
 axes[1, 0].set_ylabel("density")
-axes[1, 0].legend(loc="upper center", ncols=2, handlelength=1.2, columnspacing=0.8)
+fig.align_ylabels(axes[:, 0])
+fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 plt.show()
 
 # %% [markdown]
-# TO BE WRITTEN FROM THE RESULT.
+# Hanging still, either direction will do, and Q has its minimum in between; this critic prefers one of the two by
+# a little, and $\alpha=5$ makes much of it. In the other two situations the critic wants all the torque there is.
+#
+# SOM's actor leans to the better side everywhere, but it is far broader than the density it is to draw from; that
+# the decisions are at the edge nevertheless is the work of the $N$ candidates. The actor has had 4500 updates, on
+# $K=16$ proposals and a critic that moves; which of these keeps it broad we have not found out. SAC's Gaussian is
+# broad where the choice matters little and at the edge where it matters.
 
 # %% [markdown]
 # ## 5. What it looks like
@@ -292,15 +306,22 @@ fig, axes = plotting.subplots(1, 3, width=plotting.TEXT_WIDTH, aspect=0.85)
 for ax, (name, path), color in zip(axes, paths.items(), plotting.COLORS):
     theta = np.arctan2(path[..., 1], path[..., 0])
     ax.plot(np.degrees(np.abs(theta)).T, color=color, linewidth=0.8, alpha=0.7)
-    ax.set(title=name, xlabel="step", ylabel="angle from upright (degrees)", yticks=[0, 90, 180])
+    ax.set(title=name, xlabel="step", yticks=[0, 90, 180])
+axes[0].set_ylabel("angle from upright (degrees)")
 for cosine, sine, speed in paths["SOM"].transpose(0, 2, 1):
     axes[2].plot(np.degrees(np.arctan2(sine, cosine)), speed, ".", color=plotting.COLORS[0], markersize=1.5)
 axes[2].plot(0, 0, "k+", markersize=8)
-axes[2].set(title="SOM", xlabel="angle (degrees)", ylabel="angular speed (rad/s)", xticks=[-180, 0, 180])
+axes[2].set(
+    title="SOM, the same episodes",
+    xlabel="angle (degrees)",
+    ylabel="angular speed (rad/s)",
+    xticks=[-180, 0, 180],
+)
 plt.show()
 
 # %% [markdown]
-# `render_policy` writes a clip; here are frames of one (its key chosen for a low start). The arrow is the torque.
+# `render_policy` writes a clip; here are frames of one (its key chosen for a start at the bottom). The arrow is the
+# torque.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -339,7 +360,10 @@ for name in agents:
     print(f"      CPU time            {seconds[name]:7.0f} s")
 
 # %% [markdown]
-# TO BE WRITTEN FROM THE RESULT.
+# By the last evaluation SOM's seeds are at about -160 on average. SAC's would be there as well, were not one of
+# them in a relapse. With three seeds, and relapses that come and go, this is no ranking: on this task SOM learns
+# about as fast as SAC per environment step, and takes about three times the CPU time, for $K$ proposals of every
+# replayed action and $N$ candidates of every next one.
 #
 # ## 7. A checkpoint
 #
@@ -376,4 +400,9 @@ print(f"largest difference between 500 actions before and after: {jnp.max(jnp.ab
 assert summary["SOM"]["final"].mean() > threshold
 assert all(step is not None for step in summary["SOM"]["reached"])
 assert summary["SOM"]["final"].min() > float(returns.mean()) + 500
+assert summary["SAC"]["final"].mean() > float(returns.mean()) + 500
+assert all(
+    abs(np.median(paths[name][:, -50:, 0]) - 1) < 0.02 for name in agents
+)  # cosine of the angle: upright
+assert seconds["SOM"] > 1.5 * seconds["SAC"]
 assert jnp.array_equal(before, after)
