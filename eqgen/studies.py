@@ -43,6 +43,17 @@ class Study:
         return dataclasses.replace(self.agents[name].resized(self.size), **self.common)
 
 
+def online_studies(agents: Mapping[str, AbstractAgent]) -> dict[str, Study]:
+    """The studies that all papers on online learning share, so that their curves may stand in one figure."""
+    short = dict(loop=dict(eval_every=1_000, eval_episodes=20), common=dict(hidden=(64, 64)))
+    return {
+        "pendulum-cpu": Study("gymnax/Pendulum-v1", "cpu", (0, 1, 2, 3, 4), agents, **short),
+        "halfcheetah-cpu": Study("mujoco/HalfCheetah-v5", "cpu", (0,), agents),
+        "hopper-cpu": Study("mujoco/Hopper-v5", "cpu", (0,), agents),
+        "pendulum-smoke": Study("gymnax/Pendulum-v1", "smoke", (0, 1), agents),
+    }
+
+
 def run_study(study: Study, name: str, agent: str, *, folder: Path, results: Path) -> Path:
     """Trains one agent of the study called `name`, or goes on where it stopped, and writes its result file.
 

@@ -13,7 +13,7 @@ tuned was tuned on seeds 100 and up.
 from pathlib import Path
 
 from eqgen.algorithms.nclql import LQL, NCLQL
-from eqgen.studies import Study, main
+from eqgen.studies import main, online_studies
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,19 +22,7 @@ AGENTS = {
     "nclql-boltzmann": NCLQL.boltzmann(learning_rate=3e-4),
     "lql": LQL(learning_rate=3e-4),
 }
-STUDIES = {
-    "pendulum-cpu": Study(
-        "gymnax/Pendulum-v1",
-        "cpu",
-        (0, 1, 2, 3, 4),
-        AGENTS,
-        loop=dict(eval_every=1_000, eval_episodes=20),
-        common=dict(hidden=(64, 64)),
-    ),
-    "halfcheetah-cpu": Study("mujoco/HalfCheetah-v5", "cpu", (0,), AGENTS),
-    "hopper-cpu": Study("mujoco/Hopper-v5", "cpu", (0,), AGENTS),
-    "pendulum-smoke": Study("gymnax/Pendulum-v1", "smoke", (0, 1), AGENTS),
-}
+STUDIES = online_studies(AGENTS)
 
 if __name__ == "__main__":
     main(STUDIES, folder=Path("runs/nclql"), results=RESULTS)
