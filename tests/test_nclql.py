@@ -157,12 +157,16 @@ def test_folded_critic_equals_the_plain_one_in_value_and_action_gradient():
     agent = NCLQL(hidden=(64, 64, 64))
     critics = agent.init(EXAMPLE, key=jr.key(0)).critics
     shares, embeddings = critics.level_shares(), critics.embeddings()
+
+    @jax.jit
+    def folded_and_plain(level, obs, action):
+        folded = partial(critics.at(obs), share=shares[level])
+        plain = partial(critics, obs, embedding=embeddings[level])
+        return [(q(action), jax.jacrev(q)(action)) for q in (folded, plain)]
+
     for level in (0, 4, 9):
         for obs, action in zip(jr.normal(jr.key(1), (5, OBS)), jr.uniform(jr.key(2), (5, ACT), minval=-1.0)):
-            folded = partial(critics.at(obs), share=shares[level])
-            plain = partial(critics, obs, embedding=embeddings[level])
-            assert_trees_close(folded(action), plain(action))
-            assert_trees_close(jax.jacrev(folded)(action), jax.jacrev(plain)(action))
+            assert_trees_close(*folded_and_plain(level, obs, action))
     q = QEnsemble(OBS, ACT, (64, 64), key=jr.key(3))
     obs, action = jnp.ones(OBS), jnp.full(ACT, 0.3)
     assert_trees_close(q.at(obs)(action), q(obs, action))
@@ -277,7 +281,8 @@ def by_hand(agent, state, data, key):
     """One update of the reference algorithm, member by member, with its own losses and optimiser calls."""
     action_key, _, fit_key = jr.split(key, 3)
     keys = jr.split(action_key, BATCH)
-    next_actions = jnp.stack([agent.sample(state, s, key=k) for s, k in zip(data.next_obs, keys)])
+    sample = eqx.filter_jit(agent.sample)
+    next_actions = jnp.stack([sample(state, s, key=k) for s, k in zip(data.next_obs, keys)])
     sigmas = 0.1 * (0.001 / 0.1) ** (np.arange(4) / 3)
     level_key, noise_key = jr.split(fit_key)
     levels = jr.randint(level_key, (BATCH,), 0, 3)
@@ -301,7 +306,7 @@ def by_hand(agent, state, data, key):
         static = eqx.filter((state.critics.members, state.critics.embedders), eqx.is_array, inverse=True)
         opt_state = optimizer.init(nets)
         for actions, ls, target in ((data.action, jnp.asarray(clean), y), (noised, levels, m)):
-            grads = jax.grad(loss)(nets, static, actions, ls, jnp.asarray(target))
+            grads = eqx.filter_jit(jax.grad(loss))(nets, static, actions, ls, jnp.asarray(target))
             change, opt_state = optimizer.update(grads, opt_state)
             nets = optax.apply_updates(nets, change)
         updated.append(nets)
@@ -416,13 +421,13 @@ def test_spread_is_the_standard_deviation_within_a_state():
 
     state = agent.from_networks(Centred(None), 2)
     obs = 0.5 * jr.uniform(jr.key(0), (32, 2), minval=-1.0, maxval=1.0)
-    sample = jax.vmap(lambda s, k: agent.sample(state, s, key=k))
-    spreads = jnp.stack(
-        [
-            agent.spread(state, obs, sample(obs, jr.split(k, 32)), key=jr.fold_in(k, 1))
-            for k in jr.split(jr.key(1), 20)
-        ]
-    )
+
+    @jax.jit
+    def spread(key):
+        actions = jax.vmap(lambda s, k: agent.sample(state, s, key=k))(obs, jr.split(key, 32))
+        return agent.spread(state, obs, actions, key=jr.fold_in(key, 1))
+
+    spreads = jnp.stack([spread(key) for key in jr.split(jr.key(1), 20)])
     # 20 x 64 differences know a deviation to 2 %.
     np.testing.assert_allclose(float(jnp.sqrt(jnp.mean(spreads**2))), 1 / 40**0.5, rtol=0.06)
 
