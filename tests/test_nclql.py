@@ -448,6 +448,7 @@ def test_evaluation_by_hashed_observation_ignores_the_key():
         (dict(temperature="spread"), "needs mode='boltzmann'"),
         (dict(level_weights=(1.0, 2.0)), "level_weights has 2 entries"),
         (dict(num_particles=0), "num_particles is 0"),
+        (dict(inverse_temperature=-1.0), "inverse_temperature is -1"),
         (dict(steps_per_level=0), "steps_per_level is 0"),
         (dict(sigma_max=0.001, sigma_min=0.1), "sigma"),
         (dict(step_ratio=-1.0), "step_ratio is -1"),
@@ -458,7 +459,10 @@ def test_bad_fields_are_named(fields, message):
         NCLQL(**fields)
 
 
-@pytest.mark.parametrize("fields", [dict(num_steps=0), dict(step_size=0.0), dict(num_particles=0)])
+@pytest.mark.parametrize(
+    "fields",
+    [dict(num_steps=0), dict(step_size=0.0), dict(num_particles=0), dict(inverse_temperature=0.0)],
+)
 def test_bad_fields_of_lql_are_named(fields):
     (name,) = fields
     with pytest.raises(ValueError, match=f"{name} is 0"):

@@ -72,7 +72,6 @@ class LangevinState(eqx.Module):
 class AbstractLangevinAgent(AbstractAgent):
     """What the two algorithms share: act by a chain on Q, learn Q by temporal differences from such actions."""
 
-    inverse_temperature: eqx.AbstractVar[float | None]
     temperature: eqx.AbstractVar[Literal["fixed", "spread"]]
     target_spread: eqx.AbstractVar[float]
     temperature_learning_rate: eqx.AbstractVar[float]
@@ -88,6 +87,11 @@ class AbstractLangevinAgent(AbstractAgent):
     def __check_init__(self):
         if self.num_particles < 1:
             raise ValueError(f"num_particles is {self.num_particles}; an action takes at least 1.")
+        if not self.initial_inverse_temperature > 0:
+            raise ValueError(
+                f"inverse_temperature is {self.initial_inverse_temperature}; it must be positive (a small one is "
+                "nearly uniform)."
+            )
         if not self.target_spread > 0:
             raise ValueError(f"target_spread is {self.target_spread}; a standard deviation must be positive.")
 

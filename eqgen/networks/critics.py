@@ -86,7 +86,7 @@ class NoiseConditionedQEnsemble(eqx.Module):
         self.num_levels, self.embedding_size, self.size = num_levels, embedding_size, size
 
     def embeddings(self) -> Float[Array, "levels size embedding"]:
-        """What `__call__` and `at` take for each level: its embedding by every member."""
+        """What `__call__` takes for each level: its embedding by every member."""
         sinusoids = jax.vmap(lambda level: sinusoid(level, self.embedding_size))(jnp.arange(self.num_levels))
         embed = eqx.filter_vmap(lambda embedder, x: embedder(x), in_axes=(eqx.if_array(0), None))
         return jax.vmap(lambda x: embed(self.embedders, x))(sinusoids)
@@ -120,7 +120,6 @@ class NoiseConditionedQEnsemble(eqx.Module):
         For chains: the observation's and the levels' shares of the first layer are computed once per chain,
         not once per step.
         """
-
         absent = jnp.zeros(self.embedding_size)
         folded = eqx.filter_vmap(lambda member: member.fold(2, absent).fold(0, obs))(self.members)
         each = for_each_member(folded)
