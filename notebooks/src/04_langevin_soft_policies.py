@@ -594,7 +594,7 @@ for (title, (angle, speed)), (top, bottom) in zip(situations.items(), axes.T):
 axes[0, 0].set_ylabel("Q, less its maximum")
 axes[0, 0].legend()
 axes[1, 0].set_ylabel("density")
-axes[1, 0].legend(loc="upper center", ncols=2, fontsize=6, handlelength=1.6, columnspacing=0.8)
+fig.legend(handles=axes[1, 0].get_legend_handles_labels()[0], loc="outside lower center", ncols=4)
 plt.show()
 
 # %% [markdown]
