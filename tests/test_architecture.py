@@ -32,6 +32,7 @@ WEIGHTY_MODULES = {
     "ode",
     "envs.gymnax",
     "envs.host",
+    "envs.robotics",
     "plotting",
     "rendering",
     "experiments",

@@ -18,7 +18,7 @@ from eqgen.envs.toys import TOYS
 from helpers import assert_trees_close
 
 
-NAMES = [name for name in available() if not name.startswith("mujoco/")]
+NAMES = [name for name in available() if not name.startswith(("mujoco/", "robotics/"))]
 
 
 @eqx.filter_jit
@@ -182,7 +182,7 @@ def test_toy_optimal_policy_is_the_boltzmann_policy_of_its_rewards(name, getkey)
 def test_names_are_unique_and_know_their_back_end():
     names = available()
     assert len(set(names)) == len(names)
-    assert {name.partition("/")[0] for name in names} == {"gymnax", "mujoco", "toy", "probe"}
+    assert {name.partition("/")[0] for name in names} == {"gymnax", "mujoco", "robotics", "toy", "probe"}
     assert [name.partition("/")[2] for name in names if name.startswith("toy/")] == list(TOYS)
     assert [name.partition("/")[2] for name in names if name.startswith("probe/")] == list(PROBES)
 

@@ -36,6 +36,17 @@ MUJOCO_IDS = tuple(
 )
 """Gymnasium's MuJoCo tasks."""
 
+ROBOTICS_IDS = (
+    *(
+        f"{agent}_{maze}{reward}-{release}"
+        for agent, release in (("PointMaze", "v3"), ("AntMaze", "v5"), ("AntMaze", "v4"))
+        for maze in ("UMaze", "Medium", "Large", "Open")
+        for reward in ("", "Dense")
+    ),
+    *(f"FrankaKitchen{tasks}-v1" for tasks in ("", "_Partial", "_Mixed")),
+)
+"""Tasks of Gymnasium-Robotics, which the extra `offline` installs."""
+
 TOY_NAMES = ("ring", "moons", "broad-sharp", "mixture")
 PROBE_NAMES = ("constant", "observation", "delayed", "action", "both", "truncation")
 
@@ -43,17 +54,24 @@ PROBE_NAMES = ("constant", "observation", "delayed", "action", "both", "truncati
 def available() -> tuple[str, ...]:
     """The names that are known to work. `make` also takes what was registered with gymnax or Gymnasium since,
     as `gymnax/<id>` and `gymnasium/<id>`, if it is continuous."""
-    families = {"gymnax": GYMNAX_IDS, "mujoco": MUJOCO_IDS, "toy": TOY_NAMES, "probe": PROBE_NAMES}
+    families = {
+        "gymnax": GYMNAX_IDS,
+        "mujoco": MUJOCO_IDS,
+        "robotics": ROBOTICS_IDS,
+        "toy": TOY_NAMES,
+        "probe": PROBE_NAMES,
+    }
     return tuple(f"{family}/{name}" for family, names in families.items() for name in names)
 
 
 def make(name: str) -> Any:
     """The environment of this name.
 
-    **Returns:** an `AbstractEnv`, or for `mujoco/` and `gymnasium/` a `HostEnv`, whose `make` gives the
-    environments themselves.
+    **Returns:** an `AbstractEnv`, or for `mujoco/`, `robotics/` and `gymnasium/` a `HostEnv`, whose `make`
+    gives the environments themselves.
 
     **Raises:** `ValueError` when there is none that eqgen can use; it lists the nearest names.
+    `ImportError` when the extra that it needs is not installed; it names the remedy.
     """
     family, _, rest = name.partition("/")
     try:
@@ -70,6 +88,10 @@ def make(name: str) -> Any:
                 from eqgen.envs.gymnax import GymnaxEnv
 
                 return GymnaxEnv(rest)
+            case "robotics" if rest:
+                from eqgen.envs.robotics import robotics_env
+
+                return robotics_env(rest)
             case "mujoco" | "gymnasium" if rest:
                 from eqgen.envs.host import HostEnv
 
