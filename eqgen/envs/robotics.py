@@ -2,7 +2,7 @@
 
 `make("robotics/PointMaze_UMaze-v3")` and so on; they need the extra `offline`. They are for evaluating planners
 and offline policies: `HostVectorEnv` steps them as it does Gymnasium's own tasks, exact states included.
-`<id>Dense` has the reward exp(-distance) instead of [distance <= 0.45].
+`PointMaze_UMazeDense-v3` and the like have the reward exp(-distance) instead of [distance <= 0.45].
 
     task                 observation: what is where                                one step   time limit
     PointMaze_*-v3       [0:2] position, [2:4] velocity, [4:6] goal                0.01 s     300, 600, 800, 300
@@ -25,7 +25,7 @@ centred at the origin and y points up its rows), so policies learnt from D4RL's 
 **Kitchen.** The reward is the number of tasks completed for the first time, the episode ends when all are.
 `FrankaKitchen-v1` has all seven, `FrankaKitchen_Partial-v1` and `FrankaKitchen_Mixed-v1` the four of D4RL's
 datasets of these names. The goal is D4RL's: the 30 joint positions wanted, zero where nothing is. D4RL's
-observation of 60 has no velocities: it is `obs[..., KITCHEN_AS_IN_D4RL]`, but for a tenth of its sensor noise.
+observation of 60 has no velocities: it is `obs[..., KITCHEN_AS_IN_D4RL]`, but for its larger sensor noise.
 """
 
 from collections.abc import Sequence
