@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 
 from eqgen.envs.base import AbstractEnv, example_transition, step_autoreset
 from eqgen.envs.catalog import GYMNAX_IDS, MUJOCO_IDS, available, make
+from eqgen.envs.maze import MAZES
 from eqgen.envs.probes import PROBES, AbstractProbe
 from eqgen.envs.toys import TOYS
 from helpers import assert_trees_close
@@ -182,7 +183,8 @@ def test_toy_optimal_policy_is_the_boltzmann_policy_of_its_rewards(name, getkey)
 def test_names_are_unique_and_know_their_back_end():
     names = available()
     assert len(set(names)) == len(names)
-    assert {name.partition("/")[0] for name in names} == {"gymnax", "mujoco", "robotics", "toy", "probe"}
+    assert {name.partition("/")[0] for name in names} == {"gymnax", "mujoco", "robotics", "maze2d", "toy", "probe"}
+    assert [name.partition("/")[2] for name in names if name.startswith("maze2d/")] == list(MAZES)
     assert [name.partition("/")[2] for name in names if name.startswith("toy/")] == list(TOYS)
     assert [name.partition("/")[2] for name in names if name.startswith("probe/")] == list(PROBES)
 

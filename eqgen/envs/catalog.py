@@ -47,6 +47,7 @@ ROBOTICS_IDS = (
 )
 """Tasks of Gymnasium-Robotics, which the extra `offline` installs."""
 
+MAZE_NAMES = ("umaze", "medium", "large")
 TOY_NAMES = ("ring", "moons", "broad-sharp", "mixture")
 PROBE_NAMES = ("constant", "observation", "delayed", "action", "both", "truncation")
 
@@ -58,6 +59,7 @@ def available() -> tuple[str, ...]:
         "gymnax": GYMNAX_IDS,
         "mujoco": MUJOCO_IDS,
         "robotics": ROBOTICS_IDS,
+        "maze2d": MAZE_NAMES,
         "toy": TOY_NAMES,
         "probe": PROBE_NAMES,
     }
@@ -80,6 +82,10 @@ def make(name: str) -> Any:
                 from eqgen.envs.toys import TOYS
 
                 return TOYS[rest]()
+            case "maze2d" if name in available():
+                from eqgen.envs.maze import MAZES
+
+                return MAZES[rest]()
             case "probe" if name in available():
                 from eqgen.envs.probes import PROBES
 
