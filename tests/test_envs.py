@@ -14,12 +14,20 @@ from scipy.stats import chisquare
 from eqgen.envs.base import AbstractEnv, example_transition, step_autoreset
 from eqgen.envs.catalog import GYMNAX_IDS, MUJOCO_IDS, available, make
 from eqgen.envs.maze import MAZES
+from eqgen.envs.mjx.tasks import TASKS
 from eqgen.envs.probes import PROBES, AbstractProbe
 from eqgen.envs.toys import TOYS
 from helpers import assert_trees_close
 
 
-NAMES = [name for name in available() if not name.startswith(("mujoco/", "robotics/"))]
+SLOW = [name for name in available() if name.startswith("mjx/")]  # minutes to compile, all but the smallest
+SLOW.remove("mjx/InvertedPendulum-v5")
+HOST = ("mujoco/", "robotics/")
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for name in available()
+    if not name.startswith(HOST)
+]
 
 
 @eqx.filter_jit
@@ -183,7 +191,11 @@ def test_toy_optimal_policy_is_the_boltzmann_policy_of_its_rewards(name, getkey)
 def test_names_are_unique_and_know_their_back_end():
     names = available()
     assert len(set(names)) == len(names)
-    assert {name.partition("/")[0] for name in names} == {"gymnax", "mujoco", "robotics", "maze2d", "toy", "probe"}
+    assert {name.partition("/")[0] for name in names} == {
+        *("gymnax", "mujoco", "mjx", "robotics", "maze2d", "toy", "probe")
+    }
+    mjx = {f"{task}-v{version}" for task, cls in TASKS.items() for version in cls.versions}
+    assert {name.partition("/")[2] for name in names if name.startswith("mjx/")} == mjx
     assert [name.partition("/")[2] for name in names if name.startswith("maze2d/")] == list(MAZES)
     assert [name.partition("/")[2] for name in names if name.startswith("toy/")] == list(TOYS)
     assert [name.partition("/")[2] for name in names if name.startswith("probe/")] == list(PROBES)
@@ -216,6 +228,9 @@ def test_the_catalog_lists_what_gymnax_and_gymnasium_have():
         ),
         ("mujoco/HalfCheeta-v5", r"HalfCheeta-v5.*mujoco/HalfCheetah-v5"),
         ("mujoco/HalfCheetah-v3", r"HalfCheetah-v3.*mujoco/HalfCheetah-v4"),
+        ("mjx/HalfCheetah-v3", r"HalfCheetah has no version 3; choose one of \(4, 5\).*mjx/HalfCheetah-v5"),
+        ("mjx/Pusher-v4", r"Pusher has no version 4; choose one of \(5,\)"),
+        ("mjx/Hoper-v5", r"no MJX task 'Hoper-v5'.*mjx/Hopper-v5"),
         ("gymnasium/CartPole-v1", r"CartPole-v1 has the action space Discrete\(2\)"),
         ("", r"no environment ''"),
         ("nothing like any", r"available\(\) lists them"),

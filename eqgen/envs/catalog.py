@@ -47,6 +47,25 @@ ROBOTICS_IDS = (
 )
 """Tasks of Gymnasium-Robotics, which the extra `offline` installs."""
 
+MJX_IDS = tuple(
+    f"{task}-{release}"
+    for release in ("v5", "v4")
+    for task in (
+        "HalfCheetah",
+        "Swimmer",
+        "Hopper",
+        "Walker2d",
+        "Ant",
+        "Humanoid",
+        "InvertedPendulum",
+        "InvertedDoublePendulum",
+        "Reacher",
+        "Pusher",
+    )
+    if f"{task}-{release}" in MUJOCO_IDS
+)
+"""Those of them that are here on MJX too."""
+
 MAZE_NAMES = ("umaze", "medium", "large")
 TOY_NAMES = ("ring", "moons", "broad-sharp", "mixture")
 PROBE_NAMES = ("constant", "observation", "delayed", "action", "both", "truncation")
@@ -58,6 +77,7 @@ def available() -> tuple[str, ...]:
     families = {
         "gymnax": GYMNAX_IDS,
         "mujoco": MUJOCO_IDS,
+        "mjx": MJX_IDS,
         "robotics": ROBOTICS_IDS,
         "maze2d": MAZE_NAMES,
         "toy": TOY_NAMES,
@@ -82,6 +102,10 @@ def make(name: str) -> Any:
                 from eqgen.envs.toys import TOYS
 
                 return TOYS[rest]()
+            case "mjx" if rest:
+                from eqgen.envs.mjx.tasks import make_mjx
+
+                return make_mjx(rest)
             case "maze2d" if name in available():
                 from eqgen.envs.maze import MAZES
 
@@ -111,8 +135,10 @@ def make(name: str) -> Any:
 
 
 def _nearest(family: str, rest: str) -> list[str]:
-    """The names like this one, by the part after the slash; failing that, those of its family."""
-    names = {known.partition("/")[2].lower(): known for known in available()}
-    contained = [known for part, known in names.items() if len(rest) > 2 and rest.lower() in part]
-    close = [names[part] for part in difflib.get_close_matches(rest.lower(), names, n=4, cutoff=0.7)]
-    return list(dict.fromkeys(contained + close)) or [n for n in names.values() if n.startswith(f"{family}/")]
+    """The names like this one, by the part after the slash, those of its family first; failing that, its family."""
+    part = lambda name: name.partition("/")[2].lower()
+    known, wanted = sorted(available(), key=lambda name: not name.startswith(f"{family}/")), rest.lower()
+    contained = [name for name in known if len(wanted) > 2 and wanted in part(name)]
+    order = difflib.get_close_matches(wanted, {part(name): None for name in known}, n=4, cutoff=0.7)
+    close = [name for match in order for name in known if part(name) == match]
+    return list(dict.fromkeys(contained + close))[:6] or [n for n in known if n.startswith(f"{family}/")]

@@ -7,8 +7,8 @@
 Run directories are made below `runs/nclql`; an interrupted run goes on. Environments, sizes and loops are those of
 `paper_figures/som/run.py`, whose SOM and SAC are drawn beside these, and the learning rate is theirs (3e-4; the
 released code has 1e-4 for forty times as many updates). `temperature-cpu` asks whether Boltzmann mode with
-`temperature="spread"` needs no w: rewards are scaled by a tenth, one and ten times the default. The seeds reported here are 0 and up; anything that was
-tuned was tuned on seeds 100 and up.
+`temperature="spread"` needs no w: rewards are scaled by a tenth, one and ten times the default. The seeds reported
+here are 0 and up; anything that was tuned was tuned on seeds 100 and up.
 """
 
 import dataclasses
