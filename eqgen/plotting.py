@@ -16,9 +16,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from numpy.typing import ArrayLike
 
+from eqgen.envs.maze import GOAL_RADIUS, Maze2D
 from eqgen.evaluation import bootstrap_interval
 from eqgen.files import replacing
 
@@ -173,6 +177,62 @@ def vector_field(
     ax.figure.colorbar(quiver, ax=ax, label="magnitude", shrink=0.8)
     ax.set(xlim=extent[:2], ylim=extent[2:], aspect="equal")
     ax.grid(False)
+
+
+def maze(ax: Axes, env: Maze2D, *, color: str = "0.35") -> None:
+    """The walls as in the layout's text, and the goal within the circle where it is rewarded to be.
+
+    The horizontal axis is the observation's second coordinate, the vertical one its first, downwards.
+    """
+    row, column = np.asarray(env.goal)
+    ax.add_patch(Circle((column, row), GOAL_RADIUS, facecolor="none", edgecolor=COLORS[2], linestyle="--"))
+    half = np.array([[-0.5, -0.5], [-0.5, 0.5], [0.5, 0.5], [0.5, -0.5]])
+    boxes = [(y, x) + half for x, y in env.walls]
+    # Edges of their own colour, or light seams show between neighbours.
+    looks = {"facecolors": color, "edgecolors": color, "linewidths": 0.3}
+    ax.add_collection(PolyCollection(boxes, zorder=1.5, **looks))
+    ax.plot(column, row, marker="*", color=COLORS[2], markersize=7, markeredgewidth=0, zorder=4)
+    height, width = len(env.layout), len(env.layout[0])
+    ax.set(xlim=(-0.7, width - 0.7), ylim=(height - 0.7, -0.7), aspect="equal", xticks=[], yticks=[])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
+def maze_path(
+    ax: Axes,
+    positions: ArrayLike,
+    *,
+    times: ArrayLike | None = None,
+    cmap: str = "plasma",
+    **style,
+) -> LineCollection:
+    """A plan or trajectory in a maze, its colour the time, with a circle at its start and a square at its end.
+
+    **Arguments:**
+
+    - `positions`: of shape (times, 2), the observation's first two coordinates, or (times, 4), observations.
+    - `times`: one per position, by which it is coloured; their numbers 0, 1, ... if None.
+    - `style`: of the line, as matplotlib's `LineCollection` takes it (`norm` gives several paths one scale).
+
+    **Returns:** the line; `fig.colorbar(line, label="step")` explains its colours.
+    """
+    positions = np.asarray(positions)
+    if positions.ndim != 2 or len(positions) < 2 or positions.shape[1] < 2:
+        raise ValueError(
+            f"positions has shape {positions.shape}; (times, 2 or more) with two times is needed."
+        )
+    points = positions[:, 1::-1]
+    times = np.arange(len(points)) if times is None else np.asarray(times)
+    if times.shape != points.shape[:1]:
+        raise ValueError(f"times has shape {times.shape}; one for each of {len(points)} positions is needed.")
+    looks = {"norm": Normalize(times[0], times[-1]), "capstyle": "round", "linewidths": 1.2} | style
+    line = LineCollection(np.stack([points[:-1], points[1:]], axis=1), cmap=cmap, **looks)
+    line.set_array((times[:-1] + times[1:]) / 2)
+    ax.add_collection(line)
+    for point, time, marker in ((points[0], times[0], "o"), (points[-1], times[-1], "s")):
+        looks = {"markerfacecolor": "white", "markeredgecolor": line.to_rgba(time), "markersize": 4}
+        ax.plot(*point, marker=marker, alpha=line.get_alpha(), zorder=line.get_zorder() + 1, **looks)
+    return line
 
 
 def _grid(extent, resolution):

@@ -1,15 +1,16 @@
 """Pictures of what a policy does, as GIF or MP4.
 
-`render_policy` runs a policy and draws each step: MuJoCo tasks by their own renderer, off-screen; the
-pendulum and the toy bandits by hand; other environments as traces of observations and actions. GIFs need
-nothing more, MP4 needs imageio-ffmpeg (in the extra `notebooks`), which brings its own encoder.
+`render_policy` runs a policy and draws each step: MuJoCo tasks, on the host or on MJX, by MuJoCo's renderer,
+off-screen; the pendulum, mazes and the toy bandits by hand; other environments as traces of observations and
+actions. GIFs need nothing more, MP4 needs imageio-ffmpeg (in the extra `notebooks`), which brings its own encoder.
 """
 
+import functools
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from jaxtyping import Array, Key
 from PIL import Image, ImageDraw, ImageFont
 
 from eqgen.envs.base import AbstractEnv
+from eqgen.envs.maze import CORNER, GOAL_RADIUS, RADIUS, TIME_STEP, Maze2D
 from eqgen.envs.toys import MixtureBandit
 from eqgen.files import replacing
 
@@ -69,7 +71,9 @@ def render_policy(
     if isinstance(env, MixtureBandit):
         shots, fps = _bandit_shots(policy, env, num_episodes or 600, key, size), 10.0
     elif isinstance(env, AbstractEnv):
-        shots, fps = _jax_shots(policy, env, num_episodes or 1, key, size), 20.0
+        every = 4 if isinstance(env, Maze2D) else 1
+        shots = _jax_shots(policy, env, num_episodes or 1, key, size, every)
+        fps = 1 / (TIME_STEP * every) if isinstance(env, Maze2D) else 20.0
     else:
         every = max(1, round(env.steps_per_second / 25))
         shots = _host_shots(policy, env, num_episodes or 1, key, size, every)
@@ -97,7 +101,7 @@ class _Shot(NamedTuple):
 
 @eqx.filter_jit
 def _episode(policy, env, key):
-    """One episode's observations, actions, rewards and whether it still ran, each (max_steps, ...)."""
+    """One episode's states, observations, actions, rewards and whether it still ran, each (max_steps, ...)."""
     reset_key, run_key = jr.split(key)
     state, obs = env.reset(key=reset_key)
 
@@ -105,21 +109,55 @@ def _episode(policy, env, key):
         state, obs, running = carry
         act_key, step_key = jr.split(key)
         action = policy(obs, act_key)
-        state, timestep = env.step(state, action, key=step_key)
-        return (state, timestep.obs, running & ~timestep.done), (obs, action, timestep.reward, running)
+        next_state, timestep = env.step(state, action, key=step_key)
+        carry = next_state, timestep.obs, running & ~timestep.done
+        return carry, (state, obs, action, timestep.reward, running)
 
     start = (state, obs, jnp.array(True))
     return jax.lax.scan(body, start, jr.split(run_key, env.max_steps))[1]
 
 
-def _jax_shots(policy, env, num_episodes, key, size):
-    draw = _draw_pendulum if env.name == "gymnax/Pendulum-v1" else _draw_traces
+def _jax_shots(policy, env, num_episodes, key, size, every):
+    """Of each episode, every so many steps and the last."""
+    if isinstance(env, Maze2D):
+        draw = functools.partial(_draw_maze, env)
+    else:
+        draw = _draw_pendulum if env.name == "gymnax/Pendulum-v1" else _draw_traces
     for episode in range(num_episodes):
-        obs, actions, rewards, running = map(np.asarray, _episode(policy, env, jr.fold_in(key, episode)))
+        _, *facts = _episode(policy, env, jr.fold_in(key, episode))
+        obs, actions, rewards, running = map(np.asarray, facts)
         length = int(running.sum())
         for t, total in enumerate(rewards[:length].cumsum()):
+            if t % every and t != length - 1:
+                continue
             picture = _drawn(size, draw, obs[:length], actions[:length], t)
             yield _Shot(picture, f"step {t + 1}   return {total:.1f}", episode, float(total))
+
+
+def _mjx_shots(policy, env, num_episodes, key, size, every):
+    """The poses that MJX computed, drawn by MuJoCo; the camera follows the first body."""
+    _choose_egl()
+    import mujoco
+
+    data, camera = mujoco.MjData(env.model), mujoco.MjvCamera()
+    mujoco.mjv_defaultFreeCamera(env.model, camera)
+    camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
+    camera.distance, camera.elevation, camera.azimuth = 1.5 * env.model.stat.extent, -15, 90
+    with _advice(env.name):
+        renderer = mujoco.Renderer(env.model, size, size)
+    try:
+        for episode in range(num_episodes):
+            states, *_, rewards, running = _episode(policy, env, jr.fold_in(key, episode))
+            length, poses = int(running.sum()), np.asarray(states.qpos)
+            for t, total in enumerate(np.asarray(rewards)[:length].cumsum()):
+                if t % every == 0 or t == length - 1:
+                    data.qpos[:] = poses[t]
+                    mujoco.mj_forward(env.model, data)
+                    renderer.update_scene(data, camera)
+                    picture = Image.fromarray(renderer.render())
+                    yield _Shot(picture, f"step {t + 1}   return {total:.1f}", episode, float(total))
+    finally:
+        renderer.close()
 
 
 def _draw_pendulum(canvas, obs, actions, t):
@@ -143,6 +181,22 @@ def _draw_pendulum(canvas, obs, actions, t):
         draw.line([on_arc(angle, radius) for angle in angles], fill=_VERMILION, width=size // 70)
         head = on_arc(angles[-1], 0.8 * radius), on_arc(angles[-1], 1.2 * radius), on_arc(ahead, radius)
         draw.polygon(head, fill=_VERMILION)
+
+
+def _draw_maze(env, canvas, obs, actions, t):
+    """The walls, the goal within the circle where it is rewarded to be, the way so far and the ball."""
+    draw, size = ImageDraw.Draw(canvas), canvas.width
+    height, width = len(env.layout), len(env.layout[0])
+    scale = size / max(height, width)
+    margin = (size - scale * width) / 2, (size - scale * height) / 2
+    at = lambda x, y: (margin[0] + scale * (y + CORNER), margin[1] + scale * (x + CORNER))
+    disc = lambda centre, radius: [*(c - radius for c in centre), *(c + radius for c in centre)]
+    draw.ellipse(disc(at(*env.goal), scale * GOAL_RADIUS), outline=_GREEN, width=size // 150)
+    draw.ellipse(disc(at(*env.goal), scale * RADIUS), fill=_GREEN)
+    for x, y in env.walls:
+        draw.rectangle([*at(x - 0.5, y - 0.5), *at(x + 0.5, y + 0.5)], fill=_GREY)
+    draw.line([at(x, y) for x, y, *_ in obs[: t + 1]], fill=_BLUE, width=size // 150, joint="curve")
+    draw.ellipse(disc(at(*obs[t][:2]), scale * RADIUS), fill=_VERMILION)
 
 
 def _draw_traces(canvas, obs, actions, t):
@@ -200,8 +254,7 @@ def _bandit_shots(policy, env, num_actions, key, size):
 
 
 def _host_shots(policy, env, num_episodes, key, size, every):
-    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        os.environ.setdefault("MUJOCO_GL", "egl")
+    _choose_egl()
     policy = eqx.filter_jit(policy)
     seed_key, act_key = jr.split(key)
     envs = env.make(1, int(jr.randint(seed_key, (), 0, 2**31 - 1)), render=True)
@@ -225,12 +278,25 @@ def _host_shots(policy, env, num_episodes, key, size, every):
 
 
 def _rendered(envs):
-    """The only environment's picture; whatever the graphics stack raises becomes advice."""
-    try:
+    """The only environment's picture."""
+    with _advice(envs.gymnasium_id):
         return envs.render()[0]
+
+
+def _choose_egl():
+    """Without a display MuJoCo draws through EGL, which has to be said before it is imported."""
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+@contextmanager
+def _advice(name: str):
+    """Whatever the graphics stack raises becomes advice."""
+    try:
+        yield
     except Exception as error:
         raise RuntimeError(
-            f"{envs.gymnasium_id} cannot be drawn here ({type(error).__name__}: {error}). Without a display "
+            f"{name} cannot be drawn here ({type(error).__name__}: {error}). Without a display "
             "MuJoCo draws through EGL (MUJOCO_GL=egl), which is a system library: apt-get install libegl1 "
             "(Debian, Ubuntu) or dnf install mesa-libEGL (Fedora); with one, MUJOCO_GL=glfw. Gymnasium's other "
             'tasks may need: pip install "gymnasium[classic-control]".'

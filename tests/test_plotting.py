@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from eqgen import plotting
+from eqgen.envs.maze import Maze2D
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,42 @@ def test_vector_field_shows_direction_by_arrow_and_magnitude_by_colour():
     np.testing.assert_allclose(quiver.U, 0)
     np.testing.assert_allclose(quiver.V.reshape(4, 4)[0], [-1, -1, 1, 1], rtol=1e-5)
     np.testing.assert_allclose(quiver.get_array().reshape(4, 4)[0], [3, 1, 1, 3], rtol=1e-5)
+
+
+def test_a_maze_is_drawn_as_its_text_reads():
+    _, ax = plotting.subplots()
+    env = Maze2D("#####\n#OOO#\n#G#O#\n#####")
+    plotting.maze(ax, env)
+    boxes = ax.collections[0].get_paths()
+    for i, row in enumerate(env.layout):
+        for j, cell in enumerate(row):
+            covered = any(box.contains_point((j - 0.2, i - 0.2)) for box in boxes)
+            assert covered == (cell == "#")
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[1, 2]])  # the goal: column, row
+    left, right, bottom, top = *ax.get_xlim(), *ax.get_ylim()
+    np.testing.assert_allclose([left, right, bottom, top], [-0.7, 4.3, 3.3, -0.7])  # rows run downwards
+    assert ax.get_aspect() == 1
+
+
+def test_a_path_in_a_maze_is_coloured_by_time_and_marked_at_its_ends():
+    _, ax = plotting.subplots()
+    obs = np.array([[1.0, 2.0, 9.0, 9.0], [1.5, 2.0, 9.0, 9.0], [2.0, 3.0, 9.0, 9.0]])
+    line = plotting.maze_path(ax, obs)
+    np.testing.assert_allclose(line.get_segments(), [[[2, 1], [2, 1.5]], [[2, 1.5], [3, 2]]])
+    np.testing.assert_allclose(line.get_array(), [0.5, 1.5])
+    assert line.get_clim() == (0, 2)
+    start, end = ax.lines
+    np.testing.assert_allclose([start.get_xydata()[0], end.get_xydata()[0]], [[2, 1], [3, 2]])
+    assert (start.get_marker(), end.get_marker()) == ("o", "s")
+    norm = plt.Normalize(0, 100)
+    line = plotting.maze_path(ax, obs[:, :2], times=np.array([10.0, 20.0, 40.0]), norm=norm, alpha=0.5)
+    np.testing.assert_allclose(line.get_array(), [15, 30])
+    assert line.get_clim() == (0, 100) and line.get_alpha() == 0.5
+    for wrong in (obs[:1], obs[0], obs[:, :1]):
+        with pytest.raises(ValueError, match=r"positions has shape"):
+            plotting.maze_path(ax, wrong)
+    with pytest.raises(ValueError, match="each of 3 positions"):
+        plotting.maze_path(ax, obs, times=np.arange(2))
 
 
 def test_saved_files_depend_on_the_figure_alone(tmp_path):

@@ -1,5 +1,6 @@
 """Clips: what is drawn is what happened, files are whole and of the stated size, failures name the remedy."""
 
+import functools
 import sys
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from PIL import Image
 from eqgen import rendering
 from eqgen.envs.catalog import make
 from eqgen.envs.host import HostVectorEnv
+from eqgen.envs.maze import Maze2D
 from eqgen.envs.probes import PROBES
 from eqgen.envs.toys import TOYS
 from eqgen.rendering import render_policy
@@ -62,6 +64,35 @@ def test_the_pendulum_stands_where_it_is(angle, torque):
     assert orange.any() == (torque != 0)
     if torque == -0.5:  # 135 degrees clockwise from the top: to the right of the pivot
         assert np.nonzero(orange)[1].mean() > size / 2
+
+
+def test_a_maze_reads_as_its_text_with_the_ball_where_it_is():
+    env = Maze2D("######\n#OOOO#\n##G###\n######")
+    size, obs = 120, np.array([[1.0, 1.0, 0.0, 0.0], [1.0, 3.0, 0.0, 0.0], [1.0, 4.0, 0.0, 0.0]])
+    pixels = np.asarray(
+        rendering._drawn(size, functools.partial(rendering._draw_maze, env), obs, obs[:, :2], 1)
+    ).astype(int)
+    at = lambda x, y: pixels[
+        round(20 + 20 * (x + 0.7)), round(20 * (y + 0.7))
+    ]  # six columns of 20 pixels, centred
+    like = lambda pixel, color: (
+        np.abs(pixel - color).max() < 60
+    )  # shrinking mixes a little of what lies around
+    assert like(at(1, 3), rendering._VERMILION) and at(1, 2)[2] - at(1, 2)[0] > 60  # a thin blue line
+    assert like(at(1, 4), rendering._PAPER)  # it gets there later
+    assert like(at(2, 2), rendering._GREEN)
+    for i, row in enumerate(env.layout):
+        for j, cell in enumerate(row):
+            assert like(at(i - 0.55, j - 0.55), rendering._GREY) == (cell == "#")
+
+
+def test_a_clip_of_a_maze_shows_every_fourth_step_in_true_time(tmp_path, getkey):
+    env = Maze2D("####\n#GO#\n####", max_steps=10)
+    still = lambda obs, key: jnp.zeros(2)
+    returns = render_policy(still, env, path=tmp_path / "clip.gif", key=getkey(), num_episodes=2, size=64)
+    frames, duration = clip_of(tmp_path / "clip.gif")
+    assert len(returns) == 2 and set(returns) <= {0.0, 10.0}
+    assert len(frames) == 2 * 4 and duration == 40  # steps 1, 5, 9 and the last
 
 
 def test_a_bandit_shows_its_density_and_the_actions(tmp_path, getkey):

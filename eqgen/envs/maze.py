@@ -88,6 +88,9 @@ DAMPING = 1.0
 MAX_SPEED = 5.0
 """To which each component of the velocity is clipped before a step. The step itself may exceed it."""
 
+GOAL_RADIUS = 0.5
+"""The distance from the goal up to which the reward is 1."""
+
 CORNER = 0.7
 """Cell (i, j) reaches from (i, j) - 0.7 to (i, j) + 0.3."""
 
@@ -144,6 +147,11 @@ class Maze2D(AbstractEnv):
         self.goal = jnp.asarray(np.argwhere(grid == "G")[0], float)
         self._walls = jnp.asarray(_neighbouring_walls(~free).ravel())
 
+    @property
+    def walls(self) -> np.ndarray:
+        """The centres of the wall boxes, whose sides are 1, (walls, 2)."""
+        return np.argwhere(_cell_numbers(self.layout) < 0) + (0.5 - CORNER)
+
     def reset(self, *, key: Key[Array, ""]) -> tuple[MazeState, Float[Array, " 4"]]:
         # One draw of all numbers: with auto-reset every step pays for a reset, most of it random bits.
         which, shift_x, shift_y, spread, turn = jr.uniform(key, (5,))
@@ -179,7 +187,7 @@ class Maze2D(AbstractEnv):
         position, velocity = self._collide(position, velocity)
         elapsed = state.elapsed + 1
         to_goal = position - state.goal
-        reward = jnp.where(_dot(to_goal, to_goal) <= 0.5**2, 1.0, 0.0)
+        reward = jnp.where(_dot(to_goal, to_goal) <= GOAL_RADIUS**2, 1.0, 0.0)
         outcome = TimeStep(
             jnp.concatenate([position, velocity]),
             reward,
