@@ -29,9 +29,8 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float
-from mujoco import mjx
 
-from eqgen.envs.mjx.base import AbstractMJXEnv, MJXState
+from eqgen.envs.mjx.base import AbstractMJXEnv, MJXState, mjx
 
 
 def _cost(weight: float, x: Array) -> Array:
