@@ -1,36 +1,26 @@
 """Online training as a generator: jitted chunks inside, ordinary Python between them.
 
-Whether the environment is pure JAX (stepped inside the chunk) or on the host (stepped in a Python loop), the
-learner runs the same two functions: `_explore` chooses actions, `_learn` stores transitions and updates.
 All seeds of a run are stacked along the leading axis of one `OnlineState` and vmapped, so a run of one seed and
-a run of twenty are the same program.
-
-Randomness is a function of (seed, stream, iteration) alone: no key is stored, so a state and the settings are
-all that a resumed run needs to go on exactly as if it had never stopped.
+a run of twenty are the same program. `eqgen.loops` advances that state; here is what happens between: the
+schedule, records, evaluation.
 """
 
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from eqgen.algorithms.base import AbstractAgent, Size
 from eqgen.data.replay import ReplayBuffer
-from eqgen.envs.base import AbstractEnv, example_transition, step_autoreset
+from eqgen.envs.base import AbstractEnv, example_transition
 from eqgen.evaluation import rollout_returns
-from eqgen.tree import compile_ahead, filter_fori_loop, filter_scan
-from eqgen.types import Transition
-
-
-_INIT, _TRAIN, _EVAL = range(3)
+from eqgen.loops import EVAL, INIT, HostLoop, JaxLoop, OnlineState, run_key
 
 
 class NonFiniteError(FloatingPointError):
@@ -53,6 +43,9 @@ class OnlineSettings:
     batch_size: int = 256
     buffer_capacity: int = 1_000_000
     """Transitions kept; never more than `total_steps` are allocated."""
+    acting: Literal["lockstep", "overlap"] = "lockstep"
+    """Which parameters choose actions: the newest, or, one update older, those that are at hand while the newest
+    are computed and the environments stepped (host environments only)."""
     log_every: int = 1_000
     eval_every: int = 5_000
     """0 evaluates never."""
@@ -61,6 +54,8 @@ class OnlineSettings:
     """0 saves at the end only."""
 
     def __post_init__(self):
+        if self.acting not in ("lockstep", "overlap"):
+            raise ValueError(f"acting is {self.acting!r}; it must be 'lockstep' or 'overlap'.")
         for name in (
             "total_steps",
             "num_envs",
@@ -120,21 +115,6 @@ class OnlineSettings:
         )
 
 
-class OnlineState(eqx.Module):
-    """All that a run needs to go on. Every array but `iteration` has a leading axis of seeds.
-
-    `env` is the state of the environments: a PyTree of the JAX environment, or what the host's
-    `HostVectorEnv.get_state` returned, one per seed.
-    """
-
-    agent: PyTree
-    replay: ReplayBuffer
-    env: PyTree
-    obs: Float[Array, "seeds envs *obs"]
-    episode_return: Float[Array, "seeds envs"]
-    iteration: Int[Array, ""]
-
-
 @dataclasses.dataclass(frozen=True)
 class Progress:
     """What the generator yields. `records` has one flat, JSON-able dict per seed.
@@ -149,205 +129,24 @@ class Progress:
     state: OnlineState
 
 
-# --- What both kinds of environment share ---
-
-
-def _run_key(seed: Int[Array, ""] | int, stream: int, index: Int[Array, ""] | int) -> Key[Array, ""]:
-    return jr.fold_in(jr.fold_in(jr.key(seed), stream), index)
-
-
-def _iteration_keys(seed, iteration):
-    return jr.split(_run_key(seed, _TRAIN, iteration), 3)  # explore, environment, learn
-
-
-def _explore(agent, action_dim, learning, agent_state, obs, key):
-    """Actions for all environments of one seed: the agent's, or uniform ones while it is not learning yet."""
-    if not learning:
-        return jr.uniform(key, (len(obs), action_dim), minval=-1.0, maxval=1.0)
-    act = lambda o, k: agent.act(agent_state, o, key=k, explore=True)
-    return jax.vmap(act)(obs, jr.split(key, len(obs)))
-
-
-def _learn(agent, settings, learning, agent_state, replay, transitions, key):
-    """Stores one step of every environment of one seed; updates if `learning`. Returns the mean metrics."""
-    replay = replay.add(transitions)
-    if not learning:
-        return agent_state, replay, {}
-
-    def update(state, key):
-        sample_key, update_key = jr.split(key)
-        return agent.update(state, replay.sample(settings.batch_size, key=sample_key), key=update_key)
-
-    agent_state, metrics = filter_scan(update, agent_state, jr.split(key, settings.updates_per_iteration))
-    return agent_state, replay, jax.tree.map(jnp.mean, metrics)
-
-
-def _tally(episode_return, timestep):
-    """Sums for the episodes that ended in this step, and the running returns after it."""
-    episode_return = episode_return + timestep.reward
-    done = timestep.terminated | timestep.truncated
-    sums = {
-        "finished_return": jnp.sum(jnp.where(done, episode_return, 0.0)),
-        "finished": jnp.sum(done, dtype=jnp.float32),
-        "bad_obs": jnp.sum(~jnp.isfinite(timestep.obs), dtype=jnp.float32),
-    }
-    return jnp.where(done, 0.0, episode_return), sums
-
-
-def _transitions(obs, actions, timestep):
-    outcome = (timestep.reward, timestep.obs, timestep.terminated, timestep.truncated)
-    return jax.vmap(Transition)(obs, actions, *outcome)
-
-
-# --- Environments in JAX: whole chunks in one compiled loop ---
-
-
-def _jax_iteration(agent, env, settings, learning, iteration, seed, agent_state, rest):
-    replay, env_state, obs, episode_return = rest
-    explore_key, env_key, learn_key = _iteration_keys(seed, iteration)
-    actions = _explore(agent, env.action_dim, learning, agent_state, obs, explore_key)
-    step = lambda s, a, k: step_autoreset(env, s, a, key=k)
-    env_state, next_obs, timestep = jax.vmap(step)(env_state, actions, jr.split(env_key, len(obs)))
-    episode_return, sums = _tally(episode_return, timestep)
-    transitions = _transitions(obs, actions, timestep)
-    agent_state, replay, metrics = _learn(
-        agent, settings, learning, agent_state, replay, transitions, learn_key
-    )
-    return agent_state, (replay, env_state, next_obs, episode_return), metrics | sums
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _jax_chunk(kept, rest, learning):
-    """Iterations start..stop of all seeds. Of the arguments only `rest` is donated: `kept` stays valid."""
-    agent, env, settings, seeds, agent_state, start, stop = kept
-
-    def step(iteration, agent_state, rest):
-        one = partial(_jax_iteration, agent, env, settings, learning, iteration)
-        return eqx.filter_vmap(one)(seeds, agent_state, rest)
-
-    def body(iteration, carry):
-        agent_state, rest, sums = carry
-        agent_state, rest, new = step(iteration, agent_state, rest)
-        return agent_state, rest, jax.tree.map(jnp.add, sums, new)
-
-    shapes = eqx.filter_eval_shape(step, start, agent_state, rest)[2]
-    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return filter_fori_loop(start, stop, body, (agent_state, rest, sums))
-
-
-class _JaxLoop:
-    """Advances an `OnlineState` whose environments are pure JAX."""
-
-    def __init__(self, agent, env, settings, seeds):
-        self.agent, self.env, self.settings, self.seeds = agent, env, settings, jnp.asarray(seeds)
-
-    def start(self):
-        def one(seed):
-            keys = jr.split(_run_key(seed, _INIT, 1), self.settings.num_envs)
-            return jax.vmap(lambda key: self.env.reset(key=key))(keys)
-
-        return eqx.filter_vmap(one)(self.seeds)
-
-    def advance(self, state, stop, learning):
-        kept = (
-            self.agent,
-            self.env,
-            self.settings,
-            self.seeds,
-            state.agent,
-            state.iteration,
-            jnp.int32(stop),
-        )
-        rest = (state.replay, state.env, state.obs, state.episode_return)
-        agent_state, rest, sums = _jax_chunk(kept, rest, learning)
-        return OnlineState(agent_state, *rest, iteration=jnp.int32(stop)), sums
-
-    def close(self):
-        pass
-
-
-# --- Environments on the host: a Python loop around two compiled functions ---
-
-
-def _host_explore(agent, action_dim, learning, seeds, iteration, agent_state, obs):
-    def one(seed, agent_state, obs):
-        return _explore(agent, action_dim, learning, agent_state, obs, _iteration_keys(seed, iteration)[0])
-
-    return eqx.filter_vmap(one)(seeds, agent_state, obs)
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _host_learn(kept, rest, learning):
-    agent, settings, seeds, iteration, agent_state, obs, actions, timestep = kept
-
-    def one(seed, agent_state, rest, obs, actions, timestep):
-        replay, episode_return = rest
-        episode_return, sums = _tally(episode_return, timestep)
-        transitions = _transitions(obs, actions, timestep)
-        key = _iteration_keys(seed, iteration)[2]
-        agent_state, replay, metrics = _learn(
-            agent, settings, learning, agent_state, replay, transitions, key
-        )
-        return agent_state, (replay, episode_return), metrics | sums
-
-    return eqx.filter_vmap(one)(seeds, agent_state, rest, obs, actions, timestep)
-
-
-class _HostLoop:
-    """Advances an `OnlineState` whose environments are stepped outside of JAX, in lockstep with the learner."""
-
-    def __init__(self, agent, env, settings, seeds):
-        self.agent, self.env, self.settings, self.seeds = agent, env, settings, jnp.asarray(seeds)
-        self.envs = [env.make(settings.num_envs, seed) for seed in seeds]
-        self.live = None
-        self.explore = {}  # compiled ahead of time, for before and after learning begins
-
-    def start(self):
-        obs = np.stack([envs.reset() for envs in self.envs])
-        self.live = self.env_states()
-        return self.live, jnp.asarray(obs)
-
-    def env_states(self):
-        return tuple(envs.get_state() for envs in self.envs)
-
-    def advance(self, state, stop, learning):
-        agent_state, rest, obs = state.agent, (state.replay, state.episode_return), state.obs
-        if state.env is not self.live:  # a state from a checkpoint, not the one this loop left behind
-            states = zip(self.envs, state.env)
-            obs = jnp.asarray(np.stack([envs.set_state(env_state) for envs, env_state in states]))
-        if learning not in self.explore:
-            explore = partial(_host_explore, self.agent, self.env.action_dim, learning)
-            self.explore[learning] = compile_ahead(explore, self.seeds, state.iteration, agent_state, obs)
-        total = None
-        for i in range(int(state.iteration), stop):
-            iteration = jnp.int32(i)
-            actions = self.explore[learning](self.seeds, iteration, agent_state, obs)
-            outcomes = [envs.step(a) for envs, a in zip(self.envs, np.asarray(actions))]
-            next_obs = np.stack([outcome[0] for outcome in outcomes])
-            timestep = jax.tree.map(lambda *x: np.stack(x), *[outcome[1] for outcome in outcomes])
-            kept = (self.agent, self.settings, self.seeds, iteration, agent_state, obs, actions, timestep)
-            agent_state, rest, sums = _host_learn(kept, rest, learning)
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-            obs = jnp.asarray(next_obs)
-        self.live = self.env_states()
-        return OnlineState(agent_state, rest[0], self.live, obs, rest[1], iteration=jnp.int32(stop)), total
-
-    def close(self):
-        for envs in self.envs:
-            envs.close()
-
-
 # --- The generator ---
 
 
 def _loop(agent, env, settings, seeds):
-    return (_JaxLoop if isinstance(env, AbstractEnv) else _HostLoop)(agent, env, settings, tuple(seeds))
+    if not isinstance(env, AbstractEnv):
+        return HostLoop(agent, env, settings, tuple(seeds))
+    if settings.acting == "overlap":
+        raise ValueError(
+            f"{env.name} is stepped inside the compiled loop, where there is nothing to overlap: acting='overlap' "
+            "is for host environments (such as mujoco/HalfCheetah-v5). Remedy: acting='lockstep'."
+        )
+    return JaxLoop(agent, env, settings, tuple(seeds))
 
 
 def _start(loop, agent, env, settings, seeds):
     example = example_transition(env.obs_shape, env.action_dim)
     capacity = min(settings.buffer_capacity, settings.total_steps)
-    agents = eqx.filter_vmap(lambda seed: agent.init(example, key=_run_key(seed, _INIT, 0)))(loop.seeds)
+    agents = eqx.filter_vmap(lambda seed: agent.init(example, key=run_key(seed, INIT, 0)))(loop.seeds)
     replay = eqx.filter_vmap(lambda _: ReplayBuffer.create(example, capacity))(loop.seeds)
     env_state, obs = loop.start()
     returns = jnp.zeros((len(seeds), settings.num_envs))
@@ -465,7 +264,7 @@ def seed_slice(state: PyTree, index: int) -> PyTree:
 def _evaluate(records, agent, env, settings, state):
     for i, record in enumerate(records):
         policy = greedy_policy(agent, seed_slice(state.agent, i))
-        key = _run_key(record["seed"], _EVAL, record["env_step"])
+        key = run_key(record["seed"], EVAL, record["env_step"])
         returns, lengths = rollout_returns(policy, env, settings.eval_episodes, key=key)
         returns = np.asarray(returns, np.float64)
         record |= {

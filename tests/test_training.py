@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eqgen.algorithms.base import AbstractAgent
 from eqgen.algorithms.sac import SAC
 from eqgen.envs.base import AbstractEnv
 from eqgen.envs.catalog import make
@@ -113,10 +114,11 @@ def test_a_seed_does_not_depend_on_the_seeds_beside_it():
     assert not np.allclose(take(together.replay.data.obs, 0)[:10], take(together.replay.data.obs, 1)[:10])
 
 
-def test_host_and_jax_loops_store_and_learn_alike():
+@pytest.mark.parametrize("acting", ["lockstep", "overlap"])
+def test_host_and_jax_loops_store_and_learn_alike(acting):
     """The same first iterations through a host environment: stored, tallied and updated by the same functions."""
     env, agent = make("mujoco/InvertedPendulum-v5"), SAC.tiny()
-    records, state = run(agent, env, seeds=(0,))
+    records, state = run(agent, env, dataclasses.replace(SETTINGS, acting=acting), seeds=(0,))
     assert [r["env_step"] for r in records] == [0, 10, 20, 30, 40]
     replay = seed_slice(state.replay, 0)
     obs, next_obs = np.asarray(replay.data.obs), np.asarray(replay.data.next_obs)
@@ -127,13 +129,54 @@ def test_host_and_jax_loops_store_and_learn_alike():
     assert bool(jnp.isfinite(records[-1]["critic/loss"]))
 
 
-def test_host_training_goes_on_to_the_last_bit():
+@pytest.mark.parametrize("acting", ["lockstep", "overlap"])
+def test_host_training_goes_on_to_the_last_bit(acting):
     env, agent = make("mujoco/InvertedPendulum-v5"), SAC.tiny()
-    records, whole = run(agent, env, seeds=(0,))
-    first, half = run(agent, env, seeds=(0,), until=20)
-    rest, again = run(agent, env, seeds=(0,), state=as_arrays(half))
+    settings = dataclasses.replace(SETTINGS, acting=acting)
+    records, whole = run(agent, env, settings, seeds=(0, 1))
+    first, half = run(agent, env, settings, seeds=(0, 1), until=20)
+    rest, again = run(agent, env, settings, seeds=(0, 1), state=as_arrays(half))
     assert first + rest == records
     assert_trees_close(again, whole, rtol=0, atol=0)
+
+
+class Counting(AbstractAgent):
+    """Acts by the number of updates it has had (as a share of 100), so that replay tells which acted."""
+
+    evaluation_policy = "the number of updates"
+
+    def init(self, example, *, key):
+        return jnp.zeros(())
+
+    def update(self, state, batch, *, key):
+        return state + 0.01, {"reward": jnp.mean(batch.reward)}
+
+    def act(self, state, obs, *, key, explore):
+        return state[None]
+
+
+@pytest.mark.parametrize("acting, lag", [("lockstep", 0), ("overlap", 1)])
+def test_overlap_acts_one_update_late_except_after_the_learner_has_caught_up(acting, lag):
+    settings = dataclasses.replace(SETTINGS, acting=acting)
+    _, state = run(Counting(), make("mujoco/InvertedPendulum-v5"), settings, seeds=(0,))
+    updates = np.round(100 * np.asarray(state.replay.data.action)[0, 10:, 0]).astype(int).reshape(-1, 2)
+    expected = [max(i - lag, i // 5 * 5) for i in range(15)]  # a chunk is log_every / num_envs = 5 iterations
+    assert updates.tolist() == [[n, n] for n in expected]
+
+
+def test_overlap_is_lockstep_while_nothing_is_learned():
+    env, settings = make("mujoco/InvertedPendulum-v5"), dataclasses.replace(SETTINGS, warmup_steps=40)
+    records, lockstep = run(SAC.tiny(), env, settings)
+    again, overlap = run(SAC.tiny(), env, dataclasses.replace(settings, acting="overlap"))
+    assert again == records and records[-1]["updates"] == 0
+    assert_trees_close(overlap, lockstep, rtol=0, atol=0)
+
+
+def test_environments_in_the_compiled_loop_refuse_to_overlap():
+    settings = dataclasses.replace(SETTINGS, acting="overlap")
+    for begin in (init_online, lambda *args, seeds: next(train_online(*args, seeds=seeds))):
+        with pytest.raises(ValueError, match="test/counter is stepped.*Remedy: acting='lockstep'"):
+            begin(SAC.tiny(), Counter(), settings, seeds=(0,))
 
 
 def test_a_nan_observation_stops_the_run_and_names_seed_and_step():
@@ -167,6 +210,13 @@ def test_a_diverging_loss_stops_the_run_and_names_the_metric():
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SETTINGS, **changes)
+
+
+def test_an_unknown_way_of_acting_is_refused():
+    settings = dataclasses.replace(SETTINGS)
+    object.__setattr__(settings, "acting", "async")  # the annotation, checked in tests only, refuses it too
+    with pytest.raises(ValueError, match="acting is 'async'; it must be 'lockstep' or 'overlap'"):
+        settings.__post_init__()
 
 
 @pytest.mark.parametrize("size", ["smoke", "cpu", "paper"])

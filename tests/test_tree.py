@@ -145,6 +145,13 @@ def test_compiled_ahead_equals_the_function_and_compiles_once():
         compiled(net, settings, jnp.ones(4))
 
 
+def test_compiled_ahead_donates_what_it_is_told_to():
+    add = compile_ahead(lambda x, y: x + y, jnp.ones(3), jnp.ones(3), donate=(1,))
+    x, y = jnp.ones(3), jnp.ones(3)
+    assert_trees_close(add(x, y), jnp.full(3, 2.0))
+    assert y.is_deleted() and not x.is_deleted()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_each_member_is_given_its_own_entries(monkeypatch, backend):
     """By both ways: one after the other, as on a CPU, and mapped, as on an accelerator."""
