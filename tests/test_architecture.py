@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # which may also import one another. A new module has to be entered.
 LAYERS = [
     {"types", "tree", "files", "hyperparameters", "provenance"},
-    {"schedules", "timesteps"},
+    {"schedules"},
     {"parameterizations"},
     {"samplers", "ode", "scores", "meanflow", "losses", "exploration", "networks."},
-    {"data.", "envs."},
+    {"envs.", "timesteps."},
+    {"data."},
     {"algorithms."},
     {"checkpoint", "evaluation", "loops"},
     {"runs", "training", "plotting", "rendering"},
@@ -30,6 +31,10 @@ LAYERS = [
 # The modules that are about a heavy package; all others load none.
 WEIGHTY_MODULES = {
     "ode",
+    "data.d4rl",
+    "data.formats",
+    "data.hdf5",
+    "data.minari",
     "envs.gymnax",
     "envs.host",
     "envs.mjx.base",

@@ -1,0 +1,107 @@
+"""HDF5 from strangers: arrays are read only if they are what they seem.
+
+A file can point to other files (external links and storage, virtual datasets) and claim sizes that it does not
+hold. Such datasets are refused by name. Nothing in a file is ever unpickled or evaluated.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from eqgen.data.episodes import DataError
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[h5py.File]:
+    """The file, open for reading; whatever HDF5 objects to in it becomes a `DataError` with the file's name."""
+    path = Path(path)
+    try:
+        if not h5py.is_hdf5(path):
+            path.open("rb").close()  # missing, a folder, unreadable: these say so themselves
+            raise DataError("it is no HDF5 file. Was it downloaded and unpacked whole?")
+        with h5py.File(path, "r") as file:
+            yield file
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    except OSError as error:
+        if error.strerror and error.filename:
+            raise DataError(f"{path}: {error.strerror}.") from error
+        raise DataError(f"{path} is damaged: {error}. Copy or make it again.") from error
+    except (RuntimeError, KeyError, MemoryError) as error:
+        raise DataError(f"{path} is damaged: {error}. Copy or make it again.") from error
+
+
+def child(group: h5py.Group, key: str) -> h5py.Group | h5py.Dataset | None:
+    """What lies under the key in this very file; None if nothing does.
+
+    **Raises:** `DataError` for links, to other files above all.
+    """
+    parent, _, last = key.rpartition("/")
+    if parent:
+        group = child(group, parent)
+        if not isinstance(group, h5py.Group):
+            return None
+    link = group.get(last, getlink=True)
+    if link is None:
+        return None
+    if not isinstance(link, h5py.HardLink):
+        raise DataError(f"{key} is a link to elsewhere, which is not followed. Store the array itself.")
+    return group[last]
+
+
+def dataset(group: h5py.Group, key: str) -> h5py.Dataset:
+    """The numeric dataset under the key, not yet read.
+
+    **Raises:** `DataError` when there is none, or not one that can be read with trust.
+    """
+    found = child(group, key)
+    if found is None:
+        raise DataError(f"there is no {key}. It has: {', '.join(sorted(group)[:12]) or 'nothing'}.")
+    if not isinstance(found, h5py.Dataset):
+        hint = " Dictionaries are for Minari's loader." if isinstance(found, h5py.Group) else ""
+        raise DataError(f"{key} is no array but a {type(found).__name__.lower()}.{hint}")
+    if found.external or found.is_virtual:
+        raise DataError(f"{key} lies in other files, which are not opened. Store the array itself.")
+    if found.shape is None or found.dtype.kind not in "fiub":
+        raise DataError(f"{key} holds {found.dtype}, not numbers. Convert it to float32.")
+    stored = found.id.get_storage_size()
+    # gzip packs at most about 1000 to 1.
+    if found.nbytes > 2**20 + 1100 * stored:
+        raise DataError(
+            f"{key} claims {found.nbytes} bytes and holds {stored}: the rest was never written. Make the file anew."
+        )
+    return found
+
+
+def read(group: h5py.Group, key: str) -> np.ndarray:
+    """The array under the key in memory, in single precision."""
+    return dataset(group, key).astype(np.float32)[()]
+
+
+def read_flags(group: h5py.Group, key: str) -> np.ndarray:
+    """The array of zeros and ones (of any type) under the key, as booleans."""
+    values = np.squeeze(dataset(group, key)[()])
+    values = values.reshape(-1) if values.ndim == 0 else values
+    if values.dtype != bool and not np.isin(values, (0, 1)).all():
+        row = np.flatnonzero(~np.isin(values, (0, 1)))[0]
+        raise DataError(f"{key} is {values.reshape(-1)[row]} in row {row}; flags are 0 or 1.")
+    return values.astype(bool)
+
+
+def mapped(group: h5py.Group, key: str) -> np.ndarray:
+    """The array under the key, memory-mapped: pages come from the disk as rows are used.
+
+    **Raises:** `DataError` when it is packed, in pieces, or not in single precision.
+    """
+    found = dataset(group, key)
+    offset = found.id.get_offset()
+    if offset is None or found.dtype != np.dtype("<f4"):
+        kind = "packed or in pieces" if offset is None else found.dtype
+        raise DataError(
+            f"{key} is {kind} and cannot be memory-mapped. Load it into memory (memory_map=False), or write it "
+            "with `eqgen.data.d4rl.save`."
+        )
+    return np.memmap(group.file.filename, found.dtype, "r", offset, found.shape)
