@@ -97,6 +97,7 @@ def ddim(
     schedule: AbstractNoiseSchedule,
     *,
     eta: float = 0.0,
+    project: Projection | None = None,
     key: Key[Array, ""] | None = None,
 ) -> Sample:
     """DDIM, Song et al., "Denoising diffusion implicit models" (2021), eq. 12 and 16.
@@ -107,6 +108,7 @@ def ddim(
     **Arguments:**
 
     - `eta`: in [0, 1]. 0 is deterministic and a first-order solver of the probability-flow ODE, 1 is `ddpm`.
+    - `project`: applied after every step, to hold known entries of the sample where they are.
     - `key`: needed when `eta` is not 0.
 
     **Raises:** `ValueError` for a bad grid, `eta` out of range, or `eta > 0` without a key.
@@ -123,7 +125,8 @@ def ddim(
         if eta > 0:
             q = -jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s))
             eps = jnp.sqrt(1 - eta**2 * q) * eps + eta * jnp.sqrt(q) * jr.normal(key, x.shape, x.dtype)
-        return schedule.alpha(s) * x_0 + schedule.sigma(s) * eps
+        x = schedule.alpha(s) * x_0 + schedule.sigma(s) * eps
+        return x if project is None else project(x)
 
     keys = (jr.split(key, jnp.size(ts) - 1),) if eta > 0 else ()
     return _scan(step, x, *neighbours, *keys)
@@ -146,13 +149,18 @@ def ddpm(
 
 
 def dpm_solver_pp_2m(
-    denoise: Denoise, x: Float[Array, "*x"], ts: Float[Array, " times"], schedule: AbstractNoiseSchedule
+    denoise: Denoise,
+    x: Float[Array, "*x"],
+    ts: Float[Array, " times"],
+    schedule: AbstractNoiseSchedule,
+    *,
+    project: Projection | None = None,
 ) -> Sample:
     """DPM-Solver++(2M), Lu et al., "DPM-Solver++" (2022), algorithm 2: second order, one evaluation a step.
 
     x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - exp(-h)) D, where h is the step in half the log-SNR and D the
     denoised sample, extrapolated linearly from this and the previous evaluation. The first step is first
-    order, and so is one that ends at sigma = 0 (h is infinite there).
+    order, and so is one that ends at sigma = 0 (h is infinite there). `project` as in `ddim`.
     """
 
     def body(carry, times):
@@ -164,6 +172,7 @@ def dpm_solver_pp_2m(
         extrapolated = x_0 + weight * (x_0 - previous_x_0)
         noise = schedule.sigma(s) / schedule.sigma(t) * x
         x = noise - schedule.alpha(s) * jnp.expm1(-h) * extrapolated
+        x = x if project is None else project(x)
         return (x, x_0, h), x
 
     start = (x, jnp.zeros_like(x), jnp.zeros((), x.dtype))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, ArrayLike, Bool, Int, Key, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Int, Key, PyTree, ScalarLike
 
 
 Tree = TypeVar("Tree")
@@ -179,7 +179,7 @@ def for_each_member(stack: PyTree) -> Callable[..., PyTree]:
     return each
 
 
-def polyak(target: Tree, online: Tree, tau: float) -> Tree:
+def polyak(target: Tree, online: Tree, tau: ScalarLike) -> Tree:
     """The Polyak (exponential moving) average `(1 - tau) target + tau online` of the floating-point leaves.
 
     Other leaves are taken from `online`. `tau = 1` copies, `tau = 0` keeps.
