@@ -80,6 +80,15 @@ class OnlineSettings:
                     f"{name} is {getattr(self, name)}; it must be a multiple of num_envs={self.num_envs}."
                 )
 
+    def check(self, env: Any) -> None:
+        """**Raises:** `ValueError` when `env` is no environment to be trained on in this way."""
+        if self.acting == "overlap" and isinstance(env, AbstractEnv):
+            raise ValueError(
+                f"{env.name} is stepped inside the compiled loop, where there is nothing to overlap: "
+                "acting='overlap' is for host environments, such as mujoco/HalfCheetah-v5. "
+                "Remedy: acting='lockstep'."
+            )
+
     @classmethod
     def preset(cls, size: Size, env: str) -> Self:
         """The settings for an amount of computation, by the environment's family (the part before the slash)."""
@@ -133,14 +142,8 @@ class Progress:
 
 
 def _loop(agent, env, settings, seeds):
-    if not isinstance(env, AbstractEnv):
-        return HostLoop(agent, env, settings, tuple(seeds))
-    if settings.acting == "overlap":
-        raise ValueError(
-            f"{env.name} is stepped inside the compiled loop, where there is nothing to overlap: acting='overlap' "
-            "is for host environments (such as mujoco/HalfCheetah-v5). Remedy: acting='lockstep'."
-        )
-    return JaxLoop(agent, env, settings, tuple(seeds))
+    settings.check(env)
+    return (JaxLoop if isinstance(env, AbstractEnv) else HostLoop)(agent, env, settings, tuple(seeds))
 
 
 def _start(loop, agent, env, settings, seeds):

@@ -122,6 +122,14 @@ def test_bad_flags_exit_with_2(capsys, flags):
     assert flags[0].lstrip("-") in message or "batch_size is 0" in message
 
 
+def test_a_loop_that_does_not_suit_the_environment_is_refused_in_a_line(capsys, tmp_path):
+    flags = f"train sac --env toy/ring --settings.acting overlap --out {tmp_path / 'run'}"
+    assert cli.main(flags.split()) == 2
+    message = capsys.readouterr().err
+    assert "toy/ring" in message and "Remedy: acting='lockstep'" in message and "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
 # --- The commands on a run ---
 
 
