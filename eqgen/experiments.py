@@ -116,9 +116,10 @@ class Experiment:
             raise ExperimentError(f"settings.json cannot be used: {error}") from error
 
     def make_env(self) -> Any:
-        """The environment; checks that the agent can be built for it."""
+        """The environment; checks that agent and loop can be built for it."""
         try:
             env = catalog.make(self.env)
+            self.settings.check(env)
             example = example_transition(env.obs_shape, env.action_dim)
             eqx.filter_eval_shape(self.agent.init, example, key=jr.key(0))
         except (ValueError, ImportError) as error:
