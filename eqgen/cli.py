@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"eqgen: {message}", file=sys.stderr)
             command = _COMMANDS[name]
-            train(arguments[1:]) if command is train else _parse(command, name, arguments[1:])
+            if command in (train, data):
+                command(arguments[1:])
+            else:
+                _parse(command, name, arguments[1:])
         return 0
     except KeyboardInterrupt as interrupt:
         print(interrupt if interrupt.args else "Interrupted.", file=sys.stderr)
@@ -64,11 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _is_expected(error: Exception) -> bool:
     """Whether the error's message is enough for the user: no permission, a full disk, or one of our own."""
     from eqgen.checkpoint import CheckpointError
+    from eqgen.data.episodes import DataError
     from eqgen.experiments import ExperimentError
     from eqgen.hyperparameters import HyperparametersError
     from eqgen.runs import RunError
 
-    return isinstance(error, CheckpointError | ExperimentError | HyperparametersError | RunError | OSError)
+    ours = CheckpointError | DataError | ExperimentError | HyperparametersError | RunError
+    return isinstance(error, ours | OSError)
 
 
 def _fail(message: str) -> int:
@@ -185,6 +190,77 @@ def _train_options(cls: type, arguments: list[str]) -> type:
     return Train
 
 
+# --- data ---
+
+
+def data(arguments: list[str]) -> None:
+    """Make a dataset, or check one in a file."""
+    from eqgen.data.episodes import DataError
+
+    actions = {"make": _make_data, "check": _check_data}
+    if not arguments or arguments[0] not in actions:
+        print("usage: eqgen data make NAME [--size N] [--out FILE] [...]\n       eqgen data check FILE\n")
+        print("`eqgen data make --help` and `eqgen data check --help` explain them.")
+        if not {"-h", "--help"} & set(arguments):
+            raise DataError(
+                f"data has no action {arguments[0]!r}." if arguments else "data needs an action first."
+            )
+        return
+    _parse(actions[arguments[0]], f"data {arguments[0]}", arguments[1:])
+
+
+def _make_data(
+    name: Positional[str],
+    size: int | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    noise: float = 0.5,
+    env: str | None = None,
+    run: Path | None = None,
+    expert: Path | None = None,
+) -> None:
+    """Make a dataset of eqgen's own, in D4RL's layout.
+
+    Mazes, by a controller: maze2d-umaze, maze2d-medium, maze2d-large, each also with -navigate.
+    From agents: random (of --env); medium, expert, medium-replay (of --run); medium-expert (of --run and --expert).
+
+    Args:
+        name: Which; see above.
+        size: Steps; as many as D4RL's set has if not given.
+        out: The file; data/NAME.hdf5 if not given.
+        seed: Of everything random.
+        noise: Standard deviation of the noise on the controller's actions.
+        env: The environment of the set random.
+        run: The run directory whose policy or replay it is.
+        expert: The run directory whose policy scores 100.
+    """
+    from eqgen import collection
+    from eqgen.data import d4rl
+    from eqgen.data.episodes import DataError
+
+    out = out or Path("data", f"{name}.hdf5")
+    if out.suffix != ".hdf5":
+        raise DataError(f"{out}: datasets are written as .hdf5 files.")
+    if out.exists():
+        raise DataError(f"{out} already exists. Choose another --out, or remove it.")
+    made = collection.make(name, size=size, seed=seed, noise=noise, env=env, run=run, expert=expert)
+    d4rl.save(out, **made)
+    episodes = made["episodes"]
+    print(f"{out}  ({len(episodes)} steps, {episodes.num_episodes} episodes)")
+
+
+def _check_data(path: Positional[Path]) -> None:
+    """Say what a dataset holds, or what is wrong with it: D4RL's HDF5, OGBench's npz, a folder of Minari's.
+
+    Args:
+        path: The file or folder.
+    """
+    from eqgen.data import formats
+
+    for name, value in formats.summary(path).items():
+        print(f"{name:<14}{value}")
+
+
 # --- The other commands ---
 
 
@@ -275,5 +351,6 @@ _COMMANDS = {
     "evaluate": evaluate,
     "plot": plot,
     "render": render,
+    "data": data,
     "list": list_,
 }

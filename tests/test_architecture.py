@@ -25,7 +25,7 @@ LAYERS = [
     {"checkpoint", "evaluation", "loops"},
     {"runs", "training", "plotting", "rendering"},
     {"experiments"},
-    {"studies"},
+    {"studies", "collection"},
     {"cli"},
 ]
 # The modules that are about a heavy package; all others load none.
@@ -44,6 +44,7 @@ WEIGHTY_MODULES = {
     "rendering",
     "experiments",
     "studies",
+    "collection",
     "cli",
 }
 HEAVY = "diffrax gymnax gymnasium mujoco flax brax matplotlib PIL imageio h5py pandas tqdm tyro".split()

@@ -1,8 +1,8 @@
 """Datasets of the mazes, made by the waypoint controller with noise on its actions.
 
 `collect_maze2d` follows D4RL's script (scripts/generation/generate_maze2d_datasets.py): the ball is never reset;
-when the controller has reached its target, or the environment's step limit has passed, another is drawn. It differs
-in two ways. There are many streams of 5000 steps beside each other instead of one, so of about 60 targets (umaze) or
+when the controller has reached its target, or the environment's step limit has passed, another is drawn. Two things
+differ. There are many streams of 5000 steps beside each other instead of one, so of about 60 targets (umaze) or
 20 (large) one is approached from a reset, and one given up because the stream ends. And D4RL's script stores an
 observation twice where the target changes, since it does not refresh it; here rows follow each other throughout.
 

@@ -180,7 +180,7 @@ def antmaze_policy_windows(
 def kitchen_windows(
     episodes: Episodes, *, horizon: int = 32, stride: int = 4, length: int = 280, discount: float = 0.997
 ) -> Windows:
-    """Windows of demonstrations that go on to `length` steps with their last state and reward and actions of zero."""
+    """Windows of demonstrations, continued to `length` steps by their last state, their last reward, no action."""
     starts, lengths = np.asarray(episodes.starts[:-1]), episodes.lengths
     rewards = _padded_rewards(episodes, length, repeat_last=True)
     returns, bounds = _discounted(rewards, discount)
@@ -218,7 +218,7 @@ def mujoco_windows(
 
 
 def reward_scale(episodes: Episodes) -> float:
-    """1000 / (largest - least return of an episode): the factor on rewards that V of locomotion sets is learned with."""
+    """1000 / (largest - least return of an episode): the factor on rewards in learning V of locomotion."""
     returns = episodes.returns()
     if returns.max() == returns.min():
         raise DataError(f"All {len(returns)} episodes have the return {returns[0]}: there is no scale.")
