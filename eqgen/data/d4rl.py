@@ -278,8 +278,9 @@ def attributes(file: h5py.File) -> dict[str, Any]:
 
 def _scale(content):
     try:
-        return Scale(**content)
-    except (TypeError, ValueError) as error:
+        low, high = float(content["low"]), float(content["high"])
+        return Scale(str(content["name"]), low, high, "eqgen", str(content["source"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"the scale in the attribute eqgen cannot be used: {error}") from error
 
 

@@ -4,6 +4,8 @@ What every loader returns and every window is cut from. The arrays may lie in me
 takes the whole PyTree) or in a memory-mapped file; nothing here copies them.
 """
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
@@ -35,9 +37,9 @@ class Episodes(eqx.Module):
     """None where the data come without a task (OGBench)."""
     terminated: Bool[AnyArray, " n"]
     truncated: Bool[AnyArray, " n"]
-    starts: Int[AnyArray, " episodes+1"]
+    starts: Int[AnyArray, " bounds"]
     """Episode e is rows starts[e] .. starts[e + 1] - 1."""
-    streams: Int[AnyArray, " streams+1"]
+    streams: Int[AnyArray, " stream_bounds"]
     """Stream s is rows streams[s] .. streams[s + 1] - 1."""
     final_observations: Float[AnyArray, "streams obs"] | None = None
     """What followed the last row of each stream, where that is known."""
@@ -90,7 +92,7 @@ def from_flat(
     terminated: np.ndarray,
     truncated: np.ndarray,
     *,
-    streams: np.ndarray | None = None,
+    streams: Sequence[int] | np.ndarray | None = None,
     final_observations: np.ndarray | None = None,
     name: str = "",
     scale: Scale | None = None,

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
-from eqgen.data import d4rl, minari, ogbench
+from eqgen.data import d4rl, hdf5, minari, ogbench
 from eqgen.data.episodes import DataError, Episodes
 
 
@@ -21,10 +20,9 @@ def load(path: str | Path) -> tuple[str, Episodes]:
     if path.suffix == ".npz":
         return "OGBench npz", ogbench.load(path)
     if path.suffix in (".hdf5", ".h5"):
-        if h5py.is_hdf5(path):
-            with h5py.File(path, "r") as file:
-                if "episode_0" in file:
-                    raise DataError(f"{path} belongs to a Minari dataset: give its folder, two levels up.")
+        with hdf5.opened(path) as file:
+            if "episode_0" in file:
+                raise DataError("it belongs to a Minari dataset. Give the folder of that, two levels up.")
         return "D4RL HDF5", d4rl.load(path)
     if not path.exists():
         raise DataError(f"{path} does not exist.")

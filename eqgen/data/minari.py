@@ -201,9 +201,14 @@ def _arrow_episodes(folder: Path, count: int, keys) -> Iterator[dict[str, np.nda
         import pyarrow
     except ImportError:
         raise DataError(
-            f"{folder.parent} is stored as Arrow tables, which need pyarrow: pip install pyarrow. Or "
+            f"{folder.parent} is stored as Arrow tables, which need pyarrow: pip install 'pyarrow>=15'. Or "
             "convert the set to HDF5 with Minari."
         ) from None
+    if int(pyarrow.__version__.split(".")[0]) < 15:
+        raise DataError(
+            f"pyarrow {pyarrow.__version__} runs code that a file may hold (CVE-2023-47248). Remedy: pip install "
+            "'pyarrow>=15'."
+        )
     for number in range(count):
         files = sorted((folder / str(number)).glob("*.arrow"))
         if len(files) != 1:
@@ -232,8 +237,7 @@ def _column(column) -> np.ndarray | dict[str, np.ndarray]:
     """A column as (rows, numbers); one of structures as a dictionary of its paths."""
     import pyarrow
 
-    array = column.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pyarrow.ChunkedArray) else array
+    array = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
     if pyarrow.types.is_struct(array.type):
         out = {}
         for field, values in zip(array.type, array.flatten()):
@@ -241,15 +245,10 @@ def _column(column) -> np.ndarray | dict[str, np.ndarray]:
             nested = inner if isinstance(inner, dict) else {"": inner}
             out |= {f"{field.name}/{key}".rstrip("/"): value for key, value in nested.items()}
         return out
-    width = array.type.list_size if pyarrow.types.is_fixed_size_list(array.type) else 1
-    flat = array.flatten() if width > 1 or pyarrow.types.is_fixed_size_list(array.type) else array
-    if not (
-        pyarrow.types.is_floating(flat.type)
-        or pyarrow.types.is_integer(flat.type)
-        or pyarrow.types.is_boolean(flat.type)
-    ):
+    vectors = pyarrow.types.is_fixed_size_list(array.type)
+    values = (array.flatten() if vectors else array).to_numpy(zero_copy_only=False)
+    if values.dtype.kind not in "fiub":
         raise DataError(
             f"a column holds {array.type}, not vectors of one length. Convert the set to HDF5 with Minari."
         )
-    values = flat.to_numpy(zero_copy_only=False).astype(np.float32)
-    return values.reshape(-1, width)
+    return values.astype(np.float32).reshape(-1, array.type.list_size if vectors else 1)

@@ -77,9 +77,10 @@ def _last_states(terminals):
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Some arrays of an npz file as float32; nothing is unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError("it is one array and no npz file.")
+        content = np.load(path, allow_pickle=False)
+        if not isinstance(content, np.lib.npyio.NpzFile):
+            raise DataError("it is one array and no npz file.")
+        with content as file:
             arrays = {}
             for key in keys:
                 if key not in file:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import ArrayLike, Float, Num
 
 from eqgen.envs.maze import REFERENCE_SCORES
 
@@ -32,11 +32,11 @@ class Scale:
                 f"{self.name}: the returns {self.low} and {self.high} are no scale; the first must be the lesser."
             )
 
-    def score(self, returns: Num[np.ndarray, "*n"] | float) -> Float[np.ndarray, "*n"]:
+    def score(self, returns: Num[ArrayLike, "*n"]) -> Float[ArrayLike, "*n"]:
         """100 (return - low) / (high - low), of undiscounted returns."""
         return 100 * (np.asarray(returns, np.float64) - self.low) / (self.high - self.low)
 
-    def returns(self, scores: Num[np.ndarray, "*n"] | float) -> Float[np.ndarray, "*n"]:
+    def returns(self, scores: Num[ArrayLike, "*n"]) -> Float[ArrayLike, "*n"]:
         """The returns that have these scores."""
         return self.low + np.asarray(scores, np.float64) / 100 * (self.high - self.low)
 
@@ -102,7 +102,7 @@ D4RL: dict[str, Scale] = _d4rl()
 """D4RL's scales by the name of the set."""
 
 
-def d4rl_score(name: str, returns: Num[np.ndarray, "*n"] | float) -> Float[np.ndarray, "*n"]:
+def d4rl_score(name: str, returns: Num[ArrayLike, "*n"]) -> Float[ArrayLike, "*n"]:
     """D4RL's score of returns on one of D4RL's sets.
 
     **Raises:** `ValueError` for any other set, of eqgen's own above all.
