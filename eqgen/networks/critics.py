@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from eqgen.networks.embeddings import sinusoid
-from eqgen.networks.mlp import MLP, Initialization, mish
+from eqgen.networks.mlp import MLP, Initialization, SplitLinear, mish
 from eqgen.tree import ensemble, for_each_member
 
 
@@ -124,3 +124,24 @@ class NoiseConditionedQEnsemble(eqx.Module):
         folded = eqx.filter_vmap(lambda member: member.fold(2, absent).fold(0, obs))(self.members)
         each = for_each_member(folded)
         return lambda action, share: each(lambda member, s: member.shift(s)(action), share)
+
+
+class StateValue(eqx.Module):
+    """V(s): hidden layers with layer norm, then Mish (Diffusion Veteran's value of states [C])."""
+
+    layers: tuple[tuple[SplitLinear, eqx.nn.LayerNorm], ...]
+    out: SplitLinear
+
+    def __init__(self, obs_size: int, hidden: tuple[int, ...] = (256, 256), *, key: Key[Array, ""]):
+        *keys, out_key = jax.random.split(key, len(hidden) + 1)
+        sizes = [obs_size, *hidden]
+        self.layers = tuple(
+            (SplitLinear((a,), b, key=k), eqx.nn.LayerNorm(b)) for a, b, k in zip(sizes, hidden, keys)
+        )
+        self.out = SplitLinear((sizes[-1],), 1, key=out_key)
+
+    def __call__(self, obs: Float[Array, " obs"]) -> Float[Array, ""]:
+        x = obs
+        for linear, norm in self.layers:
+            x = mish(norm(linear(x)))
+        return self.out(x)[0]
