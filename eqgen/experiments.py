@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -157,6 +158,11 @@ def train(
             f"seeds are {list(seeds)}; one or more different ones are needed, none negative."
         )
     experiment = Experiment(agent, env, settings, tuple(seeds), tensorboard)
+    if env.startswith("mjx/") and jax.default_backend() == "cpu":
+        same = env.replace("mjx/", "mujoco/")
+        warnings.warn(
+            f"{env} compiles for minutes and is slow on a CPU; {same} is the same task.", stacklevel=2
+        )
     content, built = experiment.to_json(), experiment.make_env()
     with Run.create(out, content) as run:
         _drive(run, experiment, built, state=None, metadata={}, verbose=verbose)

@@ -142,7 +142,7 @@ class JaxLoop:
             keys = jr.split(run_key(seed, INIT, 1), self.settings.num_envs)
             return jax.vmap(lambda key: self.env.reset(key=key))(keys)
 
-        return eqx.filter_vmap(one)(self.seeds)
+        return eqx.filter_jit(eqx.filter_vmap(one))(self.seeds)
 
     def advance(self, state, stop, learning):
         kept = (

@@ -70,6 +70,9 @@ def render_policy(
         raise ValueError(f"{path.name}: a clip is written as {' or '.join(_WRITERS)}, not {path.suffix!r}.")
     if isinstance(env, MixtureBandit):
         shots, fps = _bandit_shots(policy, env, num_episodes or 600, key, size), 10.0
+    elif env.name.startswith("mjx/"):
+        every = max(1, round(1 / (25 * env.dt)))
+        shots, fps = _mjx_shots(policy, env, num_episodes or 1, key, size, every), 1 / (env.dt * every)
     elif isinstance(env, AbstractEnv):
         every = 4 if isinstance(env, Maze2D) else 1
         shots = _jax_shots(policy, env, num_episodes or 1, key, size, every)
@@ -135,16 +138,23 @@ def _jax_shots(policy, env, num_episodes, key, size, every):
 
 
 def _mjx_shots(policy, env, num_episodes, key, size, every):
-    """The poses that MJX computed, drawn by MuJoCo; the camera follows the first body."""
+    """The poses that MJX computed, drawn as Gymnasium draws its own: by the model's camera, or from the side."""
     _choose_egl()
     import mujoco
+    from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
-    data, camera = mujoco.MjData(env.model), mujoco.MjvCamera()
-    mujoco.mjv_defaultFreeCamera(env.model, camera)
-    camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
-    camera.distance, camera.elevation, camera.azimuth = 1.5 * env.model.stat.extent, -15, 90
-    with _advice(env.name):
-        renderer = mujoco.Renderer(env.model, size, size)
+    model, data = env.model, mujoco.MjData(env.model)
+    mujoco.mj_forward(model, data)
+    solid = model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE
+    across = np.ptp(data.geom_xpos[solid], axis=0).max() + 2 * model.geom_rbound[solid].max()
+    side = {
+        "distance": 1.3 * across,
+        "elevation": -15.0,
+        "azimuth": 90.0,
+        "lookat": data.geom_xpos[solid].mean(0),
+    }
+    model.vis.global_.offwidth = model.vis.global_.offheight = size
+    renderer = MujocoRenderer(model, data, side, size, size)
     try:
         for episode in range(num_episodes):
             states, *_, rewards, running = _episode(policy, env, jr.fold_in(key, episode))
@@ -152,9 +162,9 @@ def _mjx_shots(policy, env, num_episodes, key, size, every):
             for t, total in enumerate(np.asarray(rewards)[:length].cumsum()):
                 if t % every == 0 or t == length - 1:
                     data.qpos[:] = poses[t]
-                    mujoco.mj_forward(env.model, data)
-                    renderer.update_scene(data, camera)
-                    picture = Image.fromarray(renderer.render())
+                    mujoco.mj_forward(model, data)
+                    with _advice(env.name):
+                        picture = Image.fromarray(renderer.render("rgb_array"))
                     yield _Shot(picture, f"step {t + 1}   return {total:.1f}", episode, float(total))
     finally:
         renderer.close()

@@ -284,3 +284,13 @@ def test_interrupted_run_on_the_host_goes_on_exactly(tmp_path, monkeypatch):
         with pytest.raises(Interrupted):
             train(tmp_path / "x", env="mujoco/Hopper-v5", settings=settings)
     assert_same_run(experiments.resume(tmp_path / "x", verbose=False), whole)
+
+
+@pytest.mark.slow
+def test_mjx_trains_with_advice_on_a_cpu(tmp_path):
+    settings = dataclasses.replace(OnlineSettings.preset("smoke", "mjx/InvertedPendulum-v5"), eval_episodes=2)
+    with pytest.warns(UserWarning, match="mujoco/InvertedPendulum-v5 is the same task"):
+        run = experiments.train(
+            SAC.tiny(), "mjx/InvertedPendulum-v5", settings, seeds=(0,), out=tmp_path / "run"
+        )
+    assert run.metrics()[-1]["env_step"] == settings.total_steps
