@@ -34,7 +34,7 @@ from eqgen.envs.base import AbstractEnv, step_autoreset
 from eqgen.evaluation import rollout_returns
 from eqgen.experiments import Experiment
 from eqgen.runs import Run
-from eqgen.training import OnlineState, greedy_policy, init_online, seed_slice
+from eqgen.training import greedy_policy, init_online, seed_slice
 
 
 MAZE_SETS = tuple(f"maze2d-{maze}{kind}" for maze in mazes.SIZES for kind in ("", "-navigate"))
@@ -124,7 +124,7 @@ class _Trained:
             self.experiment.agent, self.env, self.experiment.settings, seeds=self.experiment.seeds
         )
         state, metadata = run.restore(like)
-        self.state: OnlineState = seed_slice(state, 0)
+        self.agent, self.buffer = seed_slice((state.agent, state.replay), 0)
         self.env_step = metadata["env_step"]
 
     def about(self):
@@ -133,20 +133,17 @@ class _Trained:
 
     @property
     def exploring(self):
-        return eqx.Partial(_explore, self.experiment.agent, self.state.agent)
+        return eqx.Partial(_explore, self.experiment.agent, self.agent)
 
     @property
     def greedy(self):
-        return greedy_policy(self.experiment.agent, self.state.agent)
+        return greedy_policy(self.experiment.agent, self.agent)
 
     def replay(self) -> Episodes:
         """The records of the buffer, each environment's in the order in which they were made."""
-        buffer, envs = self.state.replay, self.experiment.settings.num_envs
-        data = jax.tree.map(np.asarray, buffer.data)
-        capacity, size, index = len(data.reward), int(buffer.size), int(buffer.index)
-        oldest = (index - size) % capacity
-        if size < capacity:
-            oldest = 0
+        envs, data = self.experiment.settings.num_envs, jax.tree.map(np.asarray, self.buffer.data)
+        capacity, size = len(data.reward), int(self.buffer.size)
+        oldest = (int(self.buffer.index) - size) % capacity
         # Each iteration wrote one record of every environment; of an overwritten one only a part may be left.
         skip = size % envs
         rows = (oldest + skip + np.arange(size - skip)) % capacity

@@ -87,7 +87,7 @@ def eqgen_modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
-    package, layer = module.rpartition(".")[0], rank(module)
+    package, layer = module.split(".")[0] if "." in module else "", rank(module)
     for other in eqgen_modules(MODULES[module]):
         same_package = package and other.startswith(package + ".")
         if package == "algorithms" and same_package:
