@@ -83,10 +83,12 @@ class Trained(eqx.Module):
         loss: Callable[..., Any],
         *args: Any,
         rate: ScalarLike,
+        has_aux: bool = False,
         **kwargs: Any,
-    ) -> tuple[Self, Float[Array, ""]]:
-        """One step on `loss(network, *args, **kwargs)`, and the loss before it; `rate` is the average's."""
-        value, grads = eqx.filter_value_and_grad(loss)(self.online, *args, **kwargs)
+    ) -> tuple[Self, Any]:
+        """One step on `loss(network, *args, **kwargs)`, and what it returned; `rate` is the average's."""
+        value_and_grad = eqx.filter_value_and_grad(loss, has_aux=has_aux)
+        value, grads = value_and_grad(self.online, *args, **kwargs)
         online, opt_state = gradient_step(optimizer, self.online, self.opt_state, grads)
         average = None if self.average is None else polyak(self.average, online, rate)
         return type(self)(online, average, opt_state), value
