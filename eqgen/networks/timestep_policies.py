@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from eqgen.networks.mlp import MLP
 
@@ -31,7 +31,7 @@ class SharedPolicy(eqx.Module):
     def __init__(self, out_size: int):
         self.raw = jnp.full((out_size,), OUTPUT_BIAS)
 
-    def __call__(self, x: Array) -> Float[Array, " out"]:
+    def __call__(self, x: PyTree = None) -> Float[Array, " out"]:
         """`x` is ignored."""
         return self.raw
 

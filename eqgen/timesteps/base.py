@@ -120,8 +120,8 @@ def unit_points(n: int, dims: int, *, low_discrepancy: bool, key: Key[Array, ""]
     """
     if not low_discrepancy:
         return jr.uniform(key, (n, dims))
-    steps = jnp.array([1 / n, (5**0.5 - 1) / 2])[:dims]
-    points = (jr.uniform(key, (dims,)) + jnp.arange(n)[:, None] * steps) % 1.0
+    steps = jnp.array([[1 / n, (5**0.5 - 1) / 2]])[:, :dims]
+    points = (jr.uniform(key, (1, dims)) + jnp.arange(n)[:, None] * steps) % 1.0
     return jnp.where(points < 1, points, 0.0)  # in float32 the remainder may round to 1
 
 

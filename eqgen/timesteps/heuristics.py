@@ -278,7 +278,7 @@ def gradient_variance(
             centre = jnp.mean(g, axis=0)
             total = count + block
             gap = jnp.sum((centre - mean) ** 2) * count * block / total
-            deviation = deviation + jnp.sum((g - centre) ** 2) + gap
+            deviation = deviation + jnp.sum((g - centre[None]) ** 2) + gap
             return (mean + (centre - mean) * block / total, deviation, total), None
 
         start = jnp.zeros_like(flat), jnp.zeros((), flat.dtype), 0

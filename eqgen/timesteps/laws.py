@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import betainc, ndtr, ndtri
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from eqgen.timesteps.times import AbstractTimes, ContinuousTimes, DiffusionChain
 from eqgen.timesteps.weightings import before, noise_shares
@@ -217,7 +217,7 @@ class SpeedPairs(eqx.Module):
 
     threshold: float = 1e-4
 
-    def pivot(self, times: AbstractTimes) -> Float[Array, ""]:
+    def pivot(self, times: AbstractTimes) -> Int[Array, ""]:
         """m in cells."""
         growth = jnp.gradient(jnp.sqrt(noise_shares(times)))
         small = growth < self.threshold * 1000 / times.num_cells
