@@ -4,9 +4,8 @@
     python benchmarks/environments.py mjx/Ant-v5 ...          others of the catalog
 
 Random actions, automatic resets, one compiled loop, n environments side by side; a step is one of the environment,
-with all the physics steps in it. `compile_s` is the time until the loop is compiled, without a cache. `reset_share`
-is the part of a step's CPU time that the automatic reset takes, at n = 256, from a loop without resets beside it.
-The C engine's figures are in `host.json`.
+with all the physics steps in it. `compile_s` is the time until the loop is compiled, without a cache. The C engine's
+figures are in `host.json`.
 """
 
 import argparse
@@ -90,8 +89,6 @@ def main():
         for n in NUMBERS:
             row[str(n)] = rates(env, n)
             print(name, n, row[str(n)], flush=True)
-        without = rates(env, 256, autoreset=False)
-        row["reset_share"] = round(1 - row["256"]["per_cpu_second"] / without["per_cpu_second"], 2)
         rows[name] = row | {"provenance": provenance()}
         write("environments", {"rows": rows})
 

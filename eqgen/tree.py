@@ -106,6 +106,20 @@ def _shared_vmap(axis_size, in_batched, x):
     return (x[0] if in_batched[0] else x), False
 
 
+@custom_vmap
+def somewhere(x: Array) -> Array:
+    """Whether `x` is true: here or, under `jax.vmap`, for any of the elements that are mapped over.
+
+    The result is not batched, so `lax.cond(somewhere(rare), ...)` stays a branch, which is taken for all or none.
+    """
+    return x
+
+
+@somewhere.def_vmap
+def _somewhere_vmap(axis_size, in_batched, x):
+    return somewhere(jnp.any(x, axis=0) if in_batched[0] else x), False
+
+
 def ensemble(make: Callable[[Key[Array, ""]], Tree], size: int, *, key: Key[Array, ""]) -> Tree:
     """`size` independently initialised `make(key)`, stacked along a new leading axis of every array.
 

@@ -17,7 +17,7 @@ from eqgen.envs.maze import MAZES
 from eqgen.envs.mjx.tasks import TASKS
 from eqgen.envs.probes import PROBES, AbstractProbe
 from eqgen.envs.toys import TOYS
-from helpers import assert_trees_close
+from helpers import assert_trees_close, take
 
 
 SLOW = [name for name in available() if name.startswith("mjx/")]  # minutes to compile, all but the smallest
@@ -47,6 +47,25 @@ def rollout(env, key):
     path = jax.lax.scan(body, (state, obs), jr.split(loop_key, env.max_steps + 3))[1]
     step = lambda action: env.step(state, action, key=clip_key)
     return path, jax.vmap(step)(jnp.stack([jnp.ones(env.action_dim), jnp.full(env.action_dim, 7.0)]))
+
+
+def test_resets_are_computed_only_where_an_episode_ended(getkey):
+    """Of a batch of batches, as many seeds of many environments are: two steps before a limit, at it, beyond it."""
+    env = PROBES["truncation"]()
+    keys = jr.split(getkey(), (2, 3))
+    step = lambda state, key: step_autoreset(env, state, jnp.zeros(env.action_dim), key=key)
+    both = jax.vmap(jax.vmap(step))
+    state, _ = jax.vmap(jax.vmap(lambda key: env.reset(key=key)))(keys)
+    assert "cond[" in str(jax.make_jaxpr(both)(state, keys))
+    one_by_one = jax.tree.map(
+        lambda *x: jnp.stack(x), *[jax.vmap(step)(take(state, i), keys[i]) for i in (0, 1)]
+    )
+    for _ in range(env.max_steps + 1):
+        outcome = both(state, keys)
+        assert_trees_close(outcome, one_by_one)
+        state = outcome[0]
+        following = [jax.vmap(step)(take(state, i), keys[i]) for i in (0, 1)]
+        one_by_one = jax.tree.map(lambda *x: jnp.stack(x), *following)
 
 
 @pytest.mark.parametrize("name", NAMES)

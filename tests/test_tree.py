@@ -15,6 +15,7 @@ from eqgen.tree import (
     for_each_member,
     polyak,
     shared,
+    somewhere,
     tree_copy,
     vmap_in_blocks,
 )
@@ -86,6 +87,17 @@ def test_shared_keeps_a_branch_a_branch_under_vmap():
         )
     )
     assert_trees_close(jax.vmap(f)(jnp.ones(3, int), jnp.ones(3)), jnp.cos(jnp.ones(3)))
+
+
+def test_somewhere_is_a_branch_for_all_that_is_mapped_over():
+    f = lambda rare, x: jax.lax.cond(somewhere(rare), lambda x: jnp.where(rare, 0.0, x), jnp.sin, x)
+    twice = jax.vmap(jax.vmap(f))
+    assert "cond[" in str(jax.make_jaxpr(twice)(jnp.zeros((2, 3), bool), jnp.ones((2, 3))))
+    x = jnp.arange(6.0).reshape(2, 3)
+    assert_trees_close(twice(jnp.zeros((2, 3), bool), x), jnp.sin(x))
+    assert_trees_close(twice(x == 4, x), jnp.where(x == 4, 0.0, x))
+    assert_trees_close(f(jnp.array(False), jnp.float32(2.0)), jnp.sin(2.0))
+    assert_trees_close(jax.vmap(f, (None, 0))(jnp.array(True), jnp.ones(3)), jnp.zeros(3))
 
 
 @pytest.mark.parametrize("block", [1, 4, 10, 64])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from eqgen.tree import somewhere
 from eqgen.types import TimeStep, Transition
 
 
@@ -53,12 +54,19 @@ def step_autoreset(
 ) -> tuple[Any, Float[Array, "*obs"], TimeStep]:
     """One step, and a reset if it ended the episode.
 
+    Under `jax.vmap` resets are computed in steps in which any of the episodes ended, and skipped in all others.
+
     **Returns:** the state to go on from, the observation to act on next, and the step's own outcome, whose
     `obs` is the true next observation also when the episode ended.
     """
     step_key, reset_key = jr.split(key)
     # The barrier: else XLA may compute the observation twice, rounded differently, once to keep and once to go on.
     next_state, timestep = jax.lax.optimization_barrier(env.step(state, action, key=step_key))
-    reset_state, reset_obs = env.reset(key=reset_key)
-    pick = lambda fresh, old: jnp.where(timestep.done, fresh, old)
-    return jax.tree.map(pick, reset_state, next_state), pick(reset_obs, timestep.obs), timestep
+
+    def begin_anew(key):
+        pick = lambda fresh, old: jnp.where(timestep.done, fresh, old)
+        return jax.tree.map(pick, env.reset(key=key), (next_state, timestep.obs))
+
+    go_on = lambda key: (next_state, timestep.obs)
+    state, obs = jax.lax.cond(somewhere(timestep.done), begin_anew, go_on, reset_key)
+    return state, obs, timestep
