@@ -4,8 +4,8 @@
     python benchmarks/environments.py mjx/Ant-v5 ...          others of the catalog
 
 Random actions, automatic resets, one compiled loop, n environments side by side; a step is one of the environment,
-with all the physics steps in it. `compile_s` is the time until the loop is compiled, without a cache. The C engine's
-figures are in `host.json`.
+with all the physics steps in it. `compile_s` is the time until the loop is compiled, without a cache. The figures
+of the C engine are in `host.json`.
 """
 
 import argparse

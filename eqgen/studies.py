@@ -85,8 +85,8 @@ def write_result(run: Run, path: Path) -> Path:
 
 
 def read_curve(path: Path, metric: str = "eval/return") -> tuple[np.ndarray, np.ndarray]:
-    """The environment steps of a result file, and the metric at them as (seeds, steps)."""
-    records = json.loads(Path(path).read_text())["records"]
+    """The environment steps of a result file at which there is the metric, and the metric as (seeds, steps)."""
+    records = [record for record in json.loads(Path(path).read_text())["records"] if metric in record]
     seeds = sorted({record["seed"] for record in records})
     steps = sorted({record["env_step"] for record in records})
     values = {(record["seed"], record["env_step"]): record[metric] for record in records}

@@ -613,7 +613,8 @@ plt.show()
 # - `num_particles=4`: the best of several chains, by the clean critics. What is left of the weights?
 # - Section 3 with replay that has seen one corner only: draw `action` from `bandit.sample_optimal`, say. The
 #   posterior mean then leans on the law of the replay.
-# - `temperature="spread"` in the Boltzmann mode: $w$ adapts until actions have `target_spread` [I].
+# - `temperature="spread"` in the Boltzmann mode: $w$ adapts until actions have `target_spread` [I]. On Pendulum it
+#   follows the scale of rewards and changes little else: `paper_figures/nclql/fig_temperature.py`.
 # - `make("toy/ring")` in sections 1 and 3.
 
 # %% tags=["claims"]
