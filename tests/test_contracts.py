@@ -14,13 +14,15 @@ import pytest
 import eqgen.algorithms
 from eqgen import checkpoint
 from eqgen.algorithms.base import AbstractAgent, AbstractLearner
+from eqgen.data.windows import Window
 from eqgen.envs.base import example_transition
+from eqgen.guidance import AbstractPlanner
 from eqgen.tree import filter_scan
 from eqgen.types import Transition
 from helpers import assert_trees_close, take
 
 
-OBS, ACT, BATCH = 3, 2, 16
+OBS, ACT, BATCH, HORIZON = 3, 2, 16, 5
 
 
 def learners():
@@ -34,11 +36,12 @@ def learners():
 
 
 AGENTS = [cls for cls in learners() if issubclass(cls, AbstractAgent)]
+PLANNERS = [cls for cls in learners() if issubclass(cls, AbstractPlanner)]
 agents = pytest.mark.parametrize("cls", AGENTS, ids=lambda cls: cls.__name__)
+agents_and_planners = pytest.mark.parametrize("cls", AGENTS + PLANNERS, ids=lambda cls: cls.__name__)
 
 
-def batch(key, *leading):
-    shape = (*leading, BATCH)
+def transitions(key, *shape):
     keys = jr.split(key, 5)
     return Transition(
         obs=jr.normal(keys[0], (*shape, OBS)),
@@ -50,15 +53,34 @@ def batch(key, *leading):
     )
 
 
+def windows(key, *shape):
+    keys = jr.split(key, 3)
+    return Window(
+        states=jr.normal(keys[0], (*shape, HORIZON, OBS)),
+        actions=jr.uniform(keys[1], (*shape, HORIZON, ACT), minval=-1.0, maxval=1.0),
+        label=jr.uniform(keys[2], shape, minval=-1.0),
+        weight=jnp.ones(shape),
+    )
+
+
+def batch(cls, key, *leading):
+    """What the class learns from."""
+    return (windows if cls in PLANNERS else transitions)(key, *leading, BATCH)
+
+
+def example(cls):
+    return windows(jr.key(0)) if cls in PLANNERS else example_transition((OBS,), ACT)
+
+
 @cache
 def setup(cls):
     """The agent, its compiled update, and states after 0 and 2 updates."""
     agent = cls.tiny()
     update = eqx.filter_jit(lambda state, batch, key: agent.update(state, batch, key=key))
-    first = agent.init(example_transition((OBS,), ACT), key=jr.key(0))
+    first = eqx.filter_jit(lambda key: agent.init(example(cls), key=key))(jr.key(0))
     later, metrics = first, None
     for i in range(2):
-        later, metrics = update(later, batch(jr.key(i)), jr.key(10 + i))
+        later, metrics = update(later, batch(cls, jr.key(i)), jr.key(10 + i))
     return agent, update, first, later, metrics
 
 
@@ -70,9 +92,10 @@ def signature(tree):
 
 def test_there_are_agents():
     assert {"SOM", "SAC"} <= {cls.__name__ for cls in AGENTS}
+    assert {"DiffusionPlanner", "PriorGuidance"} <= {cls.__name__ for cls in PLANNERS}
 
 
-@agents
+@agents_and_planners
 def test_state_keeps_structure_shapes_and_dtypes(cls):
     """Else a scan would fail, and a jitted loop would compile twice (a weak type is enough for that)."""
     _, _, first, later, _ = setup(cls)
@@ -80,42 +103,42 @@ def test_state_keeps_structure_shapes_and_dtypes(cls):
     assert eqx.tree_equal(*(signature(state)[1] for state in (first, later)))
 
 
-@agents
+@agents_and_planners
 def test_update_changes_parameters_and_reports_finite_metrics(cls):
     _, _, first, later, metrics = setup(cls)
     assert not eqx.tree_equal(first, later)
     assert metrics and all(x.shape == () and bool(jnp.isfinite(x)) for x in metrics.values())
 
 
-@agents
+@agents_and_planners
 def test_metrics_have_the_same_keys_on_every_update(cls):
     _, update, first, later, metrics = setup(cls)
     for state in (first, later):
-        assert update(state, batch(jr.key(5)), jr.key(6))[1].keys() == metrics.keys()
+        assert update(state, batch(cls, jr.key(5)), jr.key(6))[1].keys() == metrics.keys()
 
 
-@agents
+@agents_and_planners
 def test_same_key_same_result_and_other_key_another(cls):
     _, update, _, later, _ = setup(cls)
-    data = batch(jr.key(1))
+    data = batch(cls, jr.key(1))
     once, again, other = (update(later, data, jr.key(k))[0] for k in (1, 1, 2))
     assert eqx.tree_equal(once, again)
     assert not eqx.tree_equal(once, other)
 
 
-@agents
+@agents_and_planners
 def test_jit_equals_eager(cls):
     agent, update, _, later, _ = setup(cls)
-    data = batch(jr.key(1))
+    data = batch(cls, jr.key(1))
     eager = agent.update(later, data, key=jr.key(7))
     # Fused operations round differently, and Adam divides small gradients by small roots: 1e-3 of a step of 3e-4.
     assert_trees_close(update(later, data, jr.key(7)), eager, rtol=1e-3, atol=2e-4)
 
 
-@agents
+@agents_and_planners
 def test_scan_equals_loop(cls):
     agent, update, _, later, _ = setup(cls)
-    data, keys = batch(jr.key(3), 3), jr.split(jr.key(4), 3)
+    data, keys = batch(cls, jr.key(3), 3), jr.split(jr.key(4), 3)
     step = lambda state, xs: agent.update(state, xs[0], key=xs[1])
     scanned, metrics = eqx.filter_jit(lambda state: filter_scan(step, state, (data, keys)))(later)
     looped = later
@@ -126,34 +149,34 @@ def test_scan_equals_loop(cls):
     assert_trees_close(jax.tree.map(lambda x: x[-1], metrics), last, rtol=1e-2, atol=1e-3)
 
 
-@agents
+@agents_and_planners
 def test_vmap_over_seeds_equals_separate_runs(cls):
     agent, update, _, _, _ = setup(cls)
-    example = example_transition((OBS,), ACT)
+    init = eqx.filter_jit(lambda key: agent.init(example(cls), key=key))
     keys = jr.split(jr.key(8), 2)
-    stacked = eqx.filter_vmap(lambda key: agent.init(example, key=key))(keys)
-    data = batch(jr.key(9), 2)
+    stacked = eqx.filter_jit(eqx.filter_vmap(init))(keys)
+    data = batch(cls, jr.key(9), 2)
     together = eqx.filter_jit(eqx.filter_vmap(lambda s, b, k: agent.update(s, b, key=k)))(stacked, data, keys)
     for i in range(2):
-        alone = update(agent.init(example, key=keys[i]), take(data, i), keys[i])
+        alone = update(init(keys[i]), take(data, i), keys[i])
         # Batched matrix products sum in another order; the first Adam step is the sign of the gradient.
         assert_trees_close(take(together, i), alone, rtol=1e-3, atol=7e-4)
 
 
-@agents
+@agents_and_planners
 def test_saved_and_loaded_state_continues_identically(cls, tmp_path):
     agent, update, first, later, _ = setup(cls)
     checkpoint.save(tmp_path / "state.eqx", later, {})
     loaded, _ = checkpoint.load(tmp_path / "state.eqx", first)
-    data = batch(jr.key(1))
+    data = batch(cls, jr.key(1))
     assert eqx.tree_equal(update(loaded, data, jr.key(2)), update(later, data, jr.key(2)))
 
 
-@agents
+@agents_and_planners
 def test_actions_lie_in_the_box(cls):
     agent, _, _, later, _ = setup(cls)
-    for explore in (True, False):
-        act = eqx.filter_jit(lambda s, o, k, e=explore: agent.act(s, o, key=k, explore=e))
+    for how in ({},) if cls in PLANNERS else (dict(explore=True), dict(explore=False)):
+        act = eqx.filter_jit(lambda s, o, k, how=how: agent.act(s, o, key=k, **how))
         actions = jnp.stack([act(later, 3.0 * jr.normal(k, (OBS,)), k) for k in jr.split(jr.key(1), 20)])
         assert actions.shape == (20, ACT)
         assert bool(jnp.all(jnp.abs(actions) <= 1))
@@ -163,7 +186,7 @@ def test_actions_lie_in_the_box(cls):
 def test_terminated_transitions_do_not_bootstrap(cls):
     """With every transition terminated the update does not depend on what came next; truncated ones do."""
     _, update, _, later, _ = setup(cls)
-    data = batch(jr.key(1))
+    data = batch(cls, jr.key(1))
     elsewhere = lambda b: eqx.tree_at(lambda b: b.next_obs, b, b.next_obs + 5.0)
     flag = lambda b, terminated: eqx.tree_at(
         lambda b: (b.terminated, b.truncated),
@@ -175,14 +198,14 @@ def test_terminated_transitions_do_not_bootstrap(cls):
     assert not eqx.tree_equal(run(flag(data, False)), run(elsewhere(flag(data, False))))
 
 
-@agents
+@agents_and_planners
 def test_profiles_and_sizes_construct(cls):
     assert "default" in cls.profiles()
     for profile in cls.profiles().values():
         assert {"smoke", "cpu", "paper"} == set(cls.sizes)
         for size in cls.sizes:
             assert isinstance(profile.resized(size), cls)
-    assert cls.evaluation_policy
+    assert cls in PLANNERS or cls.evaluation_policy
 
 
 @agents

@@ -88,7 +88,7 @@ class PriorGuidance(AbstractLearner, AbstractPlanner):
     # The prior
     family: Literal["gaussian", "mixture", "flow"] = "gaussian"
     divergence: Literal["kl", "chi_square", "renyi"] = "kl"
-    """KL [C], chi^2, or ln(1 + chi^2), which does not grow exponentially with the size of a state as chi^2 does [I]."""
+    """KL [C], chi^2, or ln(1 + chi^2), which does not grow exponentially with the size of a state [I]."""
     divergence_weight: float = 1.0
     """alpha. D is that of a row of the latent, averaged over rows [C]: KL has the weight alpha / (H - 1) in all."""
     squash: float | None = 2.0

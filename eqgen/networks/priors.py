@@ -1,8 +1,8 @@
 """Distributions over the latent of a plan, given its first state: a Gaussian, a mixture, a flow.
 
 A latent is an array `(future, obs)`, one row for every state after the first. The Gaussian's rows come from a GRU
-that sees the state once, as in Prior Guidance's code [C]; the other two are extensions. All begin at or near N(0, I)
-[I].
+that sees the state once, as in Prior Guidance's code [C]; the other two are extensions. All begin at N(0, I) or
+near it [I].
 """
 
 import equinox as eqx
