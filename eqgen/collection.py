@@ -67,6 +67,8 @@ def make(
 
     **Raises:** `DataError` when there is no such set or an argument it needs is missing.
     """
+    if size is not None and size < 1:
+        raise DataError(f"size is {size}; a set has at least one step.")
     if name in MAZE_SETS:
         kind = "navigate" if name.endswith("-navigate") else "maze2d"
         return mazes.make(kind, name.split("-")[1], size=size, noise=noise, seed=seed)

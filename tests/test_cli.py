@@ -187,6 +187,32 @@ def test_interrupt_has_its_exit_code(monkeypatch, capsys):
     assert capsys.readouterr().err == "Saved step 30. Go on with: eqgen resume runs/x\n"
 
 
+# --- data ---
+
+
+def test_data_is_made_and_checked(capsys, tmp_path):
+    out = tmp_path / "random.hdf5"
+    arguments = ["data", "make", "random", "--env", "probe/both", "--size", "40", "--out", str(out)]
+    assert cli.main(arguments) == 0
+    assert f"{out}  (40 steps, " in capsys.readouterr().out
+    assert cli.main(["data", "check", str(out)]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["name"] == "eqgen/probe-both-random" and lines["steps"] == "40"
+    assert "already exists" in refused(capsys, *arguments)
+
+
+def test_data_mistakes_are_one_line(capsys, tmp_path):
+    whole = tmp_path / "cut.hdf5"
+    whole.write_bytes(b"\x89HDF\r\n\x1a\n and no more")
+    assert "cut.hdf5 is damaged" in refused(capsys, "data", "check", str(whole))
+    assert "No such file" in refused(capsys, "data", "check", str(tmp_path / "none.hdf5"))
+    assert "There is no set 'maze2d-tiny'" in refused(capsys, "data", "make", "maze2d-tiny")
+    assert "needs --run" in refused(capsys, "data", "make", "medium")
+    assert "size is 0" in refused(capsys, "data", "make", "maze2d-umaze", "--size", "0")
+    assert "written as .hdf5" in refused(capsys, "data", "make", "random", "--out", "x.npz")
+    assert "has no action 'list'" in refused(capsys, "data", "list")
+
+
 # --- Errors and help ---
 
 
@@ -242,7 +268,8 @@ def test_help_does_not_load_jax():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(
-        f"  {name} " in done.stdout for name in ("train", "resume", "evaluate", "plot", "render", "list")
+        f"  {name} " in done.stdout
+        for name in ("train", "resume", "evaluate", "plot", "render", "data", "list")
     )
 
 

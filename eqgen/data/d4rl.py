@@ -80,23 +80,11 @@ def load(
         rewards = hdf5.read(file, "rewards")
         if rewards.ndim == 2 and rewards.shape[1] == 1:
             rewards = rewards[:, 0]
-        terminated = hdf5.read_flags(file, "terminals")
-        n = len(observations)
-        truncated, final_rows = np.zeros(n, bool), None
-        if "next_observations" in file:
-            final_rows = _FinalRows(file, observations)
-            truncated |= final_rows.breaks & ~_of_length(terminated, n, "terminals")
-        if "timeouts" in file:
-            truncated |= _of_length(hdf5.read_flags(file, "timeouts"), n, "timeouts")
-        elif final_rows is None or not truncated.any():
-            truncated |= _derived_timeouts(_of_length(terminated, n, "terminals"), step_limit)
+        following = _NextObservations(file, observations) if "next_observations" in file else None
+        terminated, truncated = _ends(file, len(observations), following, step_limit)
         if resets == "never":
-            truncated, terminated = truncated | terminated, np.zeros(n, bool)
-        streams = _streams(file, resets, truncated)
-        if final_rows is not None:
-            ends = streams[1:] if streams is not None else np.flatnonzero(_ends(terminated, truncated)) + 1
-            final_rows = final_rows.read(ends - 1)
-        scale = _scale(own["scale"]) if own.get("scale") else D4RL.get(name)
+            truncated, terminated = truncated | terminated, np.zeros_like(terminated)
+        streams = _streams(file, resets, terminated, truncated)
         return from_flat(
             observations,
             actions,
@@ -104,9 +92,9 @@ def load(
             terminated,
             truncated,
             streams=streams,
-            final_observations=final_rows,
+            final_observations=following.read(streams[1:] - 1) if following else None,
             name=name,
-            scale=scale,
+            scale=_scale(own["scale"]) if own.get("scale") else D4RL.get(name),
         )
 
 
@@ -128,16 +116,25 @@ def _resets(family: str) -> Resets:
     return {"maze2d": "never", "antmaze": "timeouts"}.get(family.split("-")[0], "ends")
 
 
-def _of_length(flags, n, key):
-    if flags.shape != (n,):
-        raise DataError(f"{key} has shape {flags.shape} and observations has {n} rows. Was the file cut?")
-    return flags
-
-
-def _ends(terminated, truncated):
-    ends = terminated | truncated
-    ends[-1:] = True
-    return ends
+def _ends(file, n, following, step_limit):
+    """Which rows are terminated and which truncated, by what the file has to say about it."""
+    flags = {
+        key: hdf5.read_flags(file, key)
+        for key in ("terminals", "timeouts")
+        if key != "timeouts" or key in file
+    }
+    for key, values in flags.items():
+        if values.shape != (n,):
+            raise DataError(
+                f"{key} has shape {values.shape} and observations has {n} rows. Was the file cut?"
+            )
+    terminated = flags["terminals"]
+    truncated = flags.get("timeouts", np.zeros(n, bool))
+    if following:
+        truncated = truncated | (following.breaks & ~terminated)
+    if "timeouts" not in flags and not truncated.any():
+        truncated = _derived_timeouts(terminated, step_limit)
+    return terminated, truncated
 
 
 def _derived_timeouts(terminated, step_limit):
@@ -153,8 +150,8 @@ def _derived_timeouts(terminated, step_limit):
     return (elapsed % step_limit == step_limit - 1) & ~terminated
 
 
-def _streams(file, resets, truncated):
-    """The rows where streams begin, and their number; None if with the episodes."""
+def _streams(file, resets, terminated, truncated):
+    """The rows where streams begin and, last, the number of rows."""
     n = len(truncated)
     if "metadata/stream_starts" in file:
         starts = hdf5.dataset(file, "metadata/stream_starts")[()].astype(np.int64)
@@ -166,14 +163,11 @@ def _streams(file, resets, truncated):
         ):
             raise DataError("metadata/stream_starts do not ascend from 0 to below the number of rows.")
         return np.append(starts, n)
-    if resets == "never":
-        return np.array([0, n])
-    if resets == "timeouts":
-        return np.concatenate([[0], np.flatnonzero(_ends(np.zeros(n, bool), truncated)) + 1])
-    return None
+    ends = {"ends": terminated | truncated, "timeouts": truncated, "never": np.zeros(n, bool)}[resets]
+    return np.unique([0, *np.flatnonzero(ends) + 1, n])
 
 
-class _FinalRows:
+class _NextObservations:
     """`next_observations`, read in pieces: only where they differ from the row after are they worth keeping."""
 
     def __init__(self, file, observations, rows_at_once=2**17):

@@ -34,22 +34,40 @@ def opened(path: str | Path) -> Iterator[h5py.File]:
         raise DataError(f"{path} is damaged: {error}. Copy or make it again.") from error
 
 
+@contextmanager
+def _reading(key: str):
+    """Whatever HDF5 or h5py stumble over while they read `key` becomes a `DataError`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:
+        raise DataError(f"{key} cannot be read: {error}. Copy the file or make it again.") from error
+
+
+def names(group: h5py.Group) -> list[str]:
+    """The names of what a group holds, in order; such as are no text are left out."""
+    return sorted(name for name in group if isinstance(name, str))
+
+
 def child(group: h5py.Group, key: str) -> h5py.Group | h5py.Dataset | None:
     """What lies under the key in this very file; None if nothing does.
 
     **Raises:** `DataError` for links, to other files above all.
     """
-    parent, _, last = key.rpartition("/")
-    if parent:
-        group = child(group, parent)
+    for part in key.split("/"):
         if not isinstance(group, h5py.Group):
             return None
-    link = group.get(last, getlink=True)
-    if link is None:
-        return None
-    if not isinstance(link, h5py.HardLink):
-        raise DataError(f"{key} is a link to elsewhere, which is not followed. Store the array itself.")
-    return group[last]
+        with _reading(key):
+            link = group.get(part, getlink=True)
+            if link is None:
+                return None
+            if not isinstance(link, h5py.HardLink):
+                raise DataError(
+                    f"{key} is a link to elsewhere, which is not followed. Store the array itself."
+                )
+            group = group[part]
+    return group
 
 
 def dataset(group: h5py.Group, key: str) -> h5py.Dataset:
@@ -59,35 +77,42 @@ def dataset(group: h5py.Group, key: str) -> h5py.Dataset:
     """
     found = child(group, key)
     if found is None:
-        raise DataError(f"there is no {key}. It has: {', '.join(sorted(group)[:12]) or 'nothing'}.")
+        raise DataError(f"there is no {key}. It has: {', '.join(names(group)[:12]) or 'nothing'}.")
     if not isinstance(found, h5py.Dataset):
         hint = " Dictionaries are for Minari's loader." if isinstance(found, h5py.Group) else ""
         raise DataError(f"{key} is no array but a {type(found).__name__.lower()}.{hint}")
-    if found.external or found.is_virtual:
-        raise DataError(f"{key} lies in other files, which are not opened. Store the array itself.")
-    if found.shape is None or found.dtype.kind not in "fiub":
-        raise DataError(f"{key} holds {found.dtype}, not numbers. Convert it to float32.")
-    stored = found.id.get_storage_size()
-    # gzip packs at most about 1000 to 1.
-    if found.nbytes > 2**20 + 1100 * stored:
-        raise DataError(
-            f"{key} claims {found.nbytes} bytes and holds {stored}: the rest was never written. Make the file anew."
-        )
+    with _reading(key):
+        if found.external or found.is_virtual:
+            raise DataError(f"{key} lies in other files, which are not opened. Store the array itself.")
+        if not found.shape or found.dtype.kind not in "fiub":
+            raise DataError(
+                f"{key} holds {found.dtype} of shape {found.shape}, not rows of numbers. Store it as float32."
+            )
+        stored = found.id.get_storage_size()
+        # gzip packs at most about 1000 to 1.
+        if found.nbytes > 2**20 + 1100 * stored:
+            raise DataError(
+                f"{key} claims {found.nbytes} bytes and holds {stored}: the rest was never written. Make it anew."
+            )
     return found
 
 
 def read(group: h5py.Group, key: str) -> np.ndarray:
     """The array under the key in memory, in single precision."""
-    return dataset(group, key).astype(np.float32)[()]
+    found = dataset(group, key)
+    with _reading(key):
+        return found.astype(np.float32)[()]
 
 
 def read_flags(group: h5py.Group, key: str) -> np.ndarray:
-    """The array of zeros and ones (of any type) under the key, as booleans."""
-    values = np.squeeze(dataset(group, key)[()])
-    values = values.reshape(-1) if values.ndim == 0 else values
-    if values.dtype != bool and not np.isin(values, (0, 1)).all():
-        row = np.flatnonzero(~np.isin(values, (0, 1)))[0]
-        raise DataError(f"{key} is {values.reshape(-1)[row]} in row {row}; flags are 0 or 1.")
+    """The array of zeros and ones (of any type) under the key, as booleans; a column counts as a row."""
+    found = dataset(group, key)
+    with _reading(key):
+        values = found[()]
+    values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+    strange = np.flatnonzero(~np.isin(values, (0, 1)))
+    if len(strange):
+        raise DataError(f"{key} is {values.reshape(-1)[strange[0]]} in row {strange[0]}; flags are 0 or 1.")
     return values.astype(bool)
 
 
@@ -104,4 +129,5 @@ def mapped(group: h5py.Group, key: str) -> np.ndarray:
             f"{key} is {kind} and cannot be memory-mapped. Load it into memory (memory_map=False), or write it "
             "with `eqgen.data.d4rl.save`."
         )
-    return np.memmap(group.file.filename, found.dtype, "r", offset, found.shape)
+    with _reading(key):
+        return np.memmap(group.file.filename, found.dtype, "r", offset, found.shape)

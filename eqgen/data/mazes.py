@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from eqgen.data.episodes import Episodes, from_flat
+from eqgen.data.episodes import DataError, Episodes, from_flat
 from eqgen.data.reference import Scale
 from eqgen.envs.maze import GOAL_RADIUS, MAZES, Maze2D, WaypointController
 
@@ -44,7 +44,7 @@ def collect_maze2d(
 
     **Returns:** the episodes, whose streams are the simulations, and the target of each step, (n, 2).
     """
-    _check(size=size, stream_length=stream_length)
+    _check(size, noise)
     streams = max(1, round(size / stream_length))
     steps = -(-size // streams)
     cells = jnp.arange(len(maze.cells))
@@ -59,7 +59,7 @@ def collect_navigate(
 
     **Arguments:** as `collect_maze2d`; `size` is rounded up to whole episodes.
     """
-    _check(size=size, episode_length=episode_length)
+    _check(size, noise)
     goals = jnp.asarray(_junctions(maze))
     run = lambda key: _stream(maze, goals, episode_length, noise, episode_length, key)
     return _assemble(maze, "navigate", run, -(-size // episode_length), episode_length, False, seed)
@@ -205,7 +205,8 @@ def _junctions(maze: Maze2D) -> np.ndarray:
     return np.flatnonzero(~corridor)
 
 
-def _check(**numbers):
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
+def _check(size, noise):
+    if size < 1 or not noise >= 0:
+        raise DataError(
+            f"size is {size} and noise {noise}; at least one step and no negative noise are needed."
+        )

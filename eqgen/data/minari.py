@@ -160,7 +160,7 @@ def _flat(array):
 
 
 def _hdf5_episodes(file: h5py.File, count: int, keys) -> Iterator[dict[str, np.ndarray]]:
-    present = sorted(int(key[8:]) for key in file if re.fullmatch(r"episode_\d{1,9}", key))
+    present = sorted(int(key[8:]) for key in hdf5.names(file) if re.fullmatch(r"episode_\d{1,9}", key))
     if present != list(range(count)):
         raise DataError(
             f"it has {len(present)} episodes and metadata.json says {count}. Copy the dataset again."

@@ -4,12 +4,22 @@ A row with terminals = 1 holds the last state of an episode, and an action that 
 and becomes the final observation (Park et al., 2024, "OGBench: Benchmarking Offline Goal-Conditioned RL").
 """
 
+import struct
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from eqgen.data.episodes import DataError, Episodes, from_flat
+
+
+_DAMAGE = (
+    *(ValueError, EOFError, SyntaxError, KeyError, MemoryError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+)
+"""What NumPy and zipfile raise for files that are not what they should be."""
 
 
 def load(
@@ -96,7 +106,7 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
         if error.strerror:
             raise DataError(f"{error.strerror}.") from error
         raise DataError(f"it is no npz file: {error}") from error
-    except (ValueError, EOFError, SyntaxError, MemoryError, NotImplementedError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         unsafe = "pickle" in str(error).lower()
         hint = (
             "Python objects are never loaded: they can run code. Store plain arrays."
