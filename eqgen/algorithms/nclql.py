@@ -29,8 +29,8 @@ Differs from the released code in:
 - One stack of critics and one optimiser state for it; the two are independent all the same.
 - Evaluation draws its noise from a key; the code hashes the observation (field `evaluation_key`).
 - Options that are off by default: `joint_loss`, `level_weights`, `temperature="spread"` [I]. The last one lets w
-  follow the scale of rewards (on Pendulum, from 150 to 250-340, 70 and 3-6 for rewards times 0.02, 0.2 and 2), but
-  returns there were no better than with w = 150 at any of these scales [T] (paper_figures/nclql/fig_temperature.py).
+  follow the scale of rewards (on Pendulum, from 150 to 250-330, 70 and 3-6 for rewards times 0.02, 0.2 and 2), but
+  returns were no better than with w = 150 at any of these scales (paper_figures/nclql/fig_temperature.py) [T].
 LQL is not in the released code. Its equations are the paper's [P]; its number and size of steps, start and
 clipping follow NC-LQL's [I].
 """
