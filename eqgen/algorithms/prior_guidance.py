@@ -115,7 +115,6 @@ class PriorGuidance(AbstractLearner, AbstractPlanner):
 
     sizes = {
         "smoke": dict(
-            num_train_steps=2,
             prior_hidden=16,
             num_components=2,
             flow_layers=2,
