@@ -186,7 +186,13 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
 
     @classmethod
     def paper(cls, times: AbstractTimes, *, fresh_noise: bool = False, **fields) -> Self:
-        """The constants of the released code; `fresh_noise` for its noise, drawn anew before and after the step."""
+        """The constants of the released code.
+
+        **Arguments:**
+
+        - `fresh_noise`: its noise too, drawn anew before and after the step [C].
+        - `fields`: whatever else is to differ; `policy="image_flat"` is its network for 3x32x32 images [C].
+        """
         constants = dict(
             common_noise=not fresh_noise,
             deterministic=False,
@@ -268,14 +274,14 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
 
     def sample(self, state: AdaptiveState, n: int, *, x: PyTree = None, key: Key[Array, ""]) -> Draw:
         """Times for a batch; `aux` is u. `x` may be left out where one law serves all examples."""
-        a, b = self._shapes_of_batch(state.policy, x, n)
+        # Beta draws are differentiable in a and b, which REINFORCE must not see.
+        a, b = jax.lax.stop_gradient(self._shapes_of_batch(state.policy, x, n))
         beta_key, uniform_key, mix_key = jr.split(key, 3)
         u = jr.beta(beta_key, a, b)
         if self.uniform_share > 0:
             mixed = jr.bernoulli(mix_key, self.uniform_share, (n, 1))
             u = jnp.where(mixed, jr.uniform(uniform_key, u.shape), u)
-        # Beta draws are differentiable in a and b, which REINFORCE must not see.
-        u = jax.lax.stop_gradient(jnp.clip(u, SMALLEST, 1 - SMALLEST))
+        u = jnp.clip(u, SMALLEST, 1 - SMALLEST)
         t = self.times.from_unit(u)
         return Draw(t, self.weighting(t, self.times), u)
 

@@ -189,6 +189,12 @@ class VarianceTimesteps(AbstractTimestepSampler):
     sweep: int = 20
     num_examples: int = 64
 
+    def __check_init__(self):
+        if len(self.times.cells) > 1 and self.sweep < self.times.num_cells:
+            raise ValueError(
+                f"sweep={self.sweep}: pairs of times are not interpolated; measure at all cells."
+            )
+
     @property
     def period(self) -> int:
         return self.measure_every
