@@ -2,9 +2,9 @@
 
 Geng, Deng, Bai, Kolter and He, "Mean Flows for One-step Generative Modeling", arXiv 2505.13447 (2025), applied to
 plans [I]. The decoder of a diffusion planner follows the probability flow dx/dt = v(x, t) from noise (t = 1) to a
-plan (t = 0). Its average velocity u(x, r, t) over [r, t] obeys the MeanFlow identity (`eqgen.meanflow`), so that a
-network learns it from the teacher's v alone, without solving the flow. A plan is then z - u(z, 0, 1), and its latent
-what it was: `PriorGuidance(planner=MeanFlowPlanner(...))` learns a prior on top.
+plan (t = 0). Its average velocity u(x, r, t) over [r, t] obeys the MeanFlow identity (`eqgen.meanflow`), by which
+a network learns it from the teacher's v alone, without solving the flow. A plan is then z - u(z, 0, 1), and its
+latent what it was: `PriorGuidance(planner=MeanFlowPlanner(...))` learns a prior on top.
 
 Notation (paper symbol = name here):
 
