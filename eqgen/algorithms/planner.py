@@ -222,7 +222,11 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
 
     @classmethod
     def profiles(cls) -> dict[str, Self]:
-        """By family of tasks [C]. "corrected" is the default with an accurate decoder and debiased averages."""
+        """By family of tasks [C], and "corrected": the default with another decoder and debiased averages.
+
+        Ten steps of DPM-Solver++(2M) equal in the log-SNR give plans of N(0, sd^2) a deviation that is off by 3.5,
+        3.3 and .8 per cent for sd = 1, .5 and .1; the default's twenty of DDIM equal in t by 8.7, 13 and 44 [T].
+        """
         locomotion = dict(num_heads=8, plan_value="mean_of_states", rebase=False)
         return {
             "default": cls(),
