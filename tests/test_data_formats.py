@@ -367,9 +367,15 @@ def huge(file, folder):
     file.create_dataset("observations", (2**40, OBS), "f4", chunks=(1024, OBS))
 
 
+def endless(file, folder):
+    own_attribute()(file, folder)
+    file.create_group("infos")["infos"] = file["/"]
+
+
 def own_attribute(**changes):
     def edit(file, folder):
-        whole = {"format": 1, "name": "eqgen/x", "resets": "ends", "sha256": "0"} | changes
+        whole = {"format": 1, "name": "eqgen/x", "resets": "ends", "sha256": "0"}
+        whole |= {"settings": {}, "provenance": {}} | changes
         file.attrs["eqgen"] = json.dumps(whole)
 
     return edit
@@ -471,12 +477,17 @@ MALFORMED = {
         "the attribute eqgen is not JSON",
     ),
     "attribute of the future": (hdf5_with(own_attribute(format=2)), "not of format 1"),
-    "attribute of another kind": (hdf5_with(own_attribute(resets="daily")), "says nothing of resets"),
+    "attribute of another kind": (hdf5_with(own_attribute(resets="daily")), "has no valid resets"),
+    "attribute without provenance": (
+        hdf5_with(own_attribute(settings=[], provenance=None)),
+        "has no valid settings, provenance",
+    ),
     "scale upside down": (
         hdf5_with(own_attribute(scale={"name": "x", "low": 2, "high": 1, "origin": "eqgen", "source": ""})),
         "the scale in the attribute eqgen cannot be used",
     ),
     "altered after it was made": (hdf5_with(own_attribute()), "the checksum differs"),
+    "groups without end": (hdf5_with(endless), "nested too deeply, or contains itself"),
     # OGBench
     "npz that is text": (raw("a.npz", b"not a zip"), "Python objects are never loaded|is no npz"),
     "npz that is a pickle": (raw("a.npz", pickled), "Python objects are never loaded"),

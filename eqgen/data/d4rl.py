@@ -265,8 +265,11 @@ def attributes(file: h5py.File) -> dict[str, Any]:
         raise DataError(f"the attribute eqgen is not JSON: {error}. {remedy}") from error
     if not isinstance(own, dict) or own.get("format") != 1:
         raise DataError(f"the attribute eqgen is not of format 1. {remedy}")
-    if not isinstance(own.get("name"), str) or own.get("resets") not in ("ends", "timeouts", "never"):
-        raise DataError(f"the attribute eqgen lacks a name or says nothing of resets. {remedy}")
+    kinds = {"name": str, "sha256": str, "settings": dict, "provenance": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(own.get(key), kind)]
+    wrong += [] if own.get("resets") in ("ends", "timeouts", "never") else ["resets"]
+    if wrong:
+        raise DataError(f"the attribute eqgen has no valid {', '.join(wrong)}. {remedy}")
     return own
 
 
@@ -286,11 +289,8 @@ def provenance_of(path: str | Path) -> dict[str, Any]:
     with hdf5.opened(path) as file:
         own = attributes(file)
         if own:
-            arrays = {}
-            file.visititems(
-                lambda key, item: arrays.update({key: item}) if isinstance(item, h5py.Dataset) else None
-            )
-            if _digest({key: hdf5.dataset(file, key)[()] for key in arrays}) != own.get("sha256"):
+            arrays = {key: hdf5.dataset(file, key)[()] for key in hdf5.dataset_names(file)}
+            if _digest(arrays) != own["sha256"]:
                 raise DataError(
                     "its arrays are not those that were written: the checksum differs. Make it anew."
                 )

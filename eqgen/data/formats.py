@@ -59,7 +59,7 @@ def summary(path: str | Path) -> dict[str, Any]:
     if form == "D4RL HDF5" and (own := d4rl.provenance_of(path)):
         about["made with"] = ", ".join(f"{key} {value}" for key, value in own["settings"].items())
         made = own["provenance"]
-        about["made by"] = f"eqgen {made['eqgen']}, commit {made['commit']}, {made['started']}, {made['cpu']}"
+        about["made by"] = ", ".join(str(made.get(key)) for key in ("started", "eqgen", "commit", "cpu"))
         about["checksum"] = f"{own['sha256'][:16]}, verified"
     return about
 

@@ -50,6 +50,21 @@ def names(group: h5py.Group) -> list[str]:
     return sorted(name for name in group if isinstance(name, str))
 
 
+def dataset_names(group: h5py.Group, depth: int = 5) -> list[str]:
+    """The paths of all datasets in a group and in its groups.
+
+    **Raises:** `DataError` for links, and for groups within groups without end.
+    """
+    if depth == 0:
+        raise DataError(f"{group.name} is nested too deeply, or contains itself.")
+    found = []
+    for name in names(group):
+        item = child(group, name)
+        inner = dataset_names(item, depth - 1) if isinstance(item, h5py.Group) else [""]
+        found += [f"{name}/{path}".rstrip("/") for path in inner]
+    return found
+
+
 def child(group: h5py.Group, key: str) -> h5py.Group | h5py.Dataset | None:
     """What lies under the key in this very file; None if nothing does.
 

@@ -172,13 +172,7 @@ def _hdf5_episodes(file: h5py.File, count: int, keys) -> Iterator[dict[str, np.n
         try:
             node = hdf5.child(group, "observations")
             if isinstance(node, h5py.Group):
-                names = []
-                node.visititems(
-                    lambda key, item, names=names: (
-                        names.append(key) if isinstance(item, h5py.Dataset) else None
-                    )
-                )
-                wanted = [key for key in names if keys is None or key in keys]
+                wanted = [key for key in hdf5.dataset_names(node) if keys is None or key in keys]
                 observations = _side_by_side({key: hdf5.read(node, key) for key in wanted}, keys, number)
             else:
                 observations = _flat(hdf5.read(group, "observations"))
