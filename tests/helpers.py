@@ -56,6 +56,17 @@ def typechecked(function: Callable) -> Callable:
     return beartype(function)
 
 
+def filled(shapes: Any, *, scale: float = 0.3, seed: int = 0) -> Any:
+    """A tree like the one that `eqx.filter_eval_shape` returned, its arrays drawn from N(0, scale^2).
+
+    Nothing is compiled, and nothing is left at 0 as in a fresh network.
+    """
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype)
+    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    return jax.tree.map(lambda leaf: draw(leaf) if is_shape(leaf) else leaf, shapes)
+
+
 def take(tree: Any, i: int) -> Any:
     """Entry `i` along the leading axis of every array."""
     return jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, tree)

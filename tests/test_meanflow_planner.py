@@ -14,6 +14,7 @@ from eqgen.algorithms.prior_guidance import PriorGuidance
 from eqgen.data.windows import Window
 from eqgen.guidance import CG, Unconditional
 from eqgen.meanflow import average_velocity, gaussian_flow_map
+from eqgen.parameterizations import convert
 from eqgen.schedules import VPLinear
 from helpers import assert_trees_close
 
@@ -36,11 +37,10 @@ class ExactMeanVelocity(eqx.Module):
 
     def __call__(self, x, r, t):
         alpha_r, sigma_r, alpha_t, sigma_t = (f(s) for s in (r, t) for f in (SCHEDULE.alpha, SCHEDULE.sigma))
+        shape, x = x.shape, x.ravel()
         x_r = gaussian_flow_map(x, alpha_r, sigma_r, alpha_t, sigma_t, mean=jnp.full(x.shape, MEAN), std=STD)
-        noise = ExactNoise()(x, t)
-        d_alpha, d_sigma = SCHEDULE.d_alpha(t), SCHEDULE.d_sigma(t)
-        velocity = d_alpha * (x - sigma_t * noise) / alpha_t + d_sigma * noise
-        return average_velocity(x, x_r, r, t, velocity)
+        velocity = convert(ExactNoise()(x, t), x, t, SCHEDULE, source="eps", target="velocity")
+        return average_velocity(x, x_r, r, t, velocity).reshape(shape)
 
 
 @pytest.fixture(scope="module")

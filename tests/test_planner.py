@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from jaxtyping import TypeCheckError
 
 from eqgen.algorithms.planner import DiffusionPlanner, PlannerBatch, Trained
 from eqgen.data.normalizer import Normalizer
@@ -19,7 +20,7 @@ from eqgen.samplers import uniform_grid
 from eqgen.schedules import VPCosine, VPLinear
 from eqgen.tree import filter_scan
 from eqgen.types import Transition
-from helpers import assert_trees_close
+from helpers import assert_trees_close, filled
 
 
 HORIZON, OBS, ACT = 8, 4, 2
@@ -43,7 +44,10 @@ def tiny(**fields):
 
 
 def state_of(planner, **kwargs):
-    return eqx.filter_jit(lambda key: planner.init(EXAMPLE, key=key, **kwargs))(jr.key(0))
+    """A state whose networks are drawn without compiling anything."""
+    shapes = eqx.filter_eval_shape(planner.init, EXAMPLE, key=jr.key(0))
+    parts = [shapes.denoiser, shapes.critic, shapes.inverse_dynamics]
+    return planner.from_networks(EXAMPLE, *(filled(part.online) for part in parts), **kwargs)
 
 
 # --- Constants ---
@@ -96,7 +100,7 @@ def test_the_prediction_of_row_0_has_no_gradient_and_the_input_there_is_clean():
     grad = gradient(jnp.zeros((HORIZON, OBS)))
     assert not np.any(grad[0]) and np.all(grad[1:] != 0)
 
-    seen = lambda x, t: jnp.where(jnp.any(jnp.all(x[0] == batch.states[:, 0], axis=1)), x, jnp.nan)
+    seen = lambda x, t: jnp.where(jnp.any(jnp.all(x[:1] == batch.states[:, 0], axis=1)), x, jnp.nan)
     loss = jax.jit(partial(planner.plan_loss, seen))
     assert np.isfinite(loss(batch.states, batch.label, batch.weight, key=jr.key(2)))
 
@@ -265,7 +269,7 @@ def test_units_do_not_matter():
     act = eqx.filter_jit(lambda s, o: planner.act(s, o, key=jr.key(4)))
     obs = batch.states[0, 0]
     # The first step of a fresh decoder divides by alpha(1) = 0.0066: rounding grows by 150.
-    assert_trees_close(act(other, units.inverse(obs)), act(plain, obs), rtol=1e-2, atol=1e-3)
+    assert_trees_close(act(other, units.inverse(obs)), act(plain, obs), rtol=1e-2, atol=1e-2)
 
 
 # --- Edges ---
@@ -297,7 +301,7 @@ def test_what_is_no_window_is_refused():
 
 @pytest.mark.parametrize("fields", [dict(num_steps=1), dict(average=1.0), dict(network="mlp")], ids=str)
 def test_settings_that_make_no_sense_are_refused(fields):
-    with pytest.raises(ValueError, match=next(iter(fields))):
+    with pytest.raises((ValueError, TypeCheckError), match=next(iter(fields))):
         DiffusionPlanner(**fields)
 
 

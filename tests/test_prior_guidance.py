@@ -16,7 +16,7 @@ from eqgen.data.windows import Window
 from eqgen.guidance import MCSS, Prior, Unconditional
 from eqgen.networks.priors import FlowPrior, GaussianPrior, MixturePrior, Recurrence
 from eqgen.tree import filter_scan
-from helpers import assert_trees_close
+from helpers import assert_trees_close, filled
 
 
 HORIZON, OBS, ACT = 5, 3, 2
@@ -244,7 +244,12 @@ def test_a_fresh_prior_is_near_the_behaviour(family):
 def trained():
     """An agent, its compiled update, and its state before and after one."""
     agent = tiny()
-    state = eqx.filter_jit(lambda key: agent.init(EXAMPLE, key=key))(jr.key(0))
+    shapes = eqx.filter_eval_shape(agent.init, EXAMPLE, key=jr.key(0))
+    parts = [shapes.planner.denoiser, shapes.planner.critic, shapes.planner.inverse_dynamics]
+    *of_planner, prior, latent_value = (
+        filled(part.online) for part in [*parts, shapes.prior, shapes.latent_value]
+    )
+    state = agent.from_networks(agent.planner.from_networks(EXAMPLE, *of_planner), prior, latent_value)
     update = eqx.filter_jit(lambda s, b: agent.update(s, b, key=jr.key(2)))
     return agent, update, state, update(state, windows(jr.key(1), 16))[0]
 

@@ -42,7 +42,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from eqgen.algorithms.base import AbstractLearner, Size
-from eqgen.algorithms.planner import Action, DiffusionPlanner, PlannerState, Trained
+from eqgen.algorithms.planner import Action, DiffusionPlanner, Trained
 from eqgen.data.normalizer import Normalizer
 from eqgen.guidance import AbstractGuidance, AbstractPlanner, Latent, Obs, Plan, Prior
 from eqgen.networks.priors import FlowPrior, GaussianPrior, MixturePrior
@@ -350,8 +350,8 @@ class PriorGuidance(AbstractLearner, AbstractPlanner):
         planner_key, key = jr.split(key)
         return self.from_planner(self.planner.init(example, key=planner_key, normalizer=normalizer), key=key)
 
-    def from_planner(self, planner: PlannerState, *, key: Key[Array, ""]) -> PriorGuidanceState:
-        """A fresh prior and latent value on a trained planner, which from now on stays as it is."""
+    def from_planner(self, planner: Any, *, key: Key[Array, ""]) -> PriorGuidanceState:
+        """A fresh prior and latent value on a trained planner's state, which from now on stays as it is."""
         num_rows, obs_size = self.planner.latent_shape(planner)
         prior_key, value_key = jr.split(key)
         shape, hidden = (obs_size, num_rows), self.prior_hidden
@@ -366,7 +366,7 @@ class PriorGuidance(AbstractLearner, AbstractPlanner):
         latent_value = HorizonCritic(obs_size, self.width, self.depth, self.num_heads, key=value_key)
         return self.from_networks(planner, prior, latent_value)
 
-    def from_networks(self, planner: PlannerState, prior: Any, latent_value: Any) -> PriorGuidanceState:
+    def from_networks(self, planner: Any, prior: Any, latent_value: Any) -> PriorGuidanceState:
         """A fresh state around networks of your own: `prior` as `family` has it, `latent_value` of a latent whose
         row 0 is the state."""
         return PriorGuidanceState(
