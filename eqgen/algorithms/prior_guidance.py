@@ -268,7 +268,9 @@ class PriorGuidance(AbstractLearner, AbstractPlanner):
         # One sample of each component: so the weights, too, get exact gradients.
         log_weights, means, log_stds = prior(obs)
         u = means + jnp.exp(log_stds) * jr.normal(key, means.shape)
-        log_component = lambda x: log_normal((x - means) / jnp.exp(log_stds)) - jnp.sum(log_stds, axis=(1, 2))
+        log_component = lambda x: (
+            log_normal((x[None] - means) / jnp.exp(log_stds)) - jnp.sum(log_stds, (1, 2))
+        )
         log_density = lambda x: jax.nn.logsumexp(log_weights + log_component(x))
         log_ratio = jax.vmap(log_density)(u) - log_normal(u)
         weights = jnp.exp(log_weights)
