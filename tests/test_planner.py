@@ -47,7 +47,7 @@ def state_of(planner, **kwargs):
     """A state whose networks are drawn without compiling anything."""
     shapes = eqx.filter_eval_shape(planner.init, EXAMPLE, key=jr.key(0))
     parts = [shapes.denoiser, shapes.critic, shapes.inverse_dynamics]
-    return planner.from_networks(EXAMPLE, *(filled(part.online) for part in parts), **kwargs)
+    return planner.from_networks(EXAMPLE, *(filled(part.online, scale=0.1) for part in parts), **kwargs)
 
 
 # --- Constants ---
@@ -140,7 +140,7 @@ def test_inverse_dynamics_recovers_actions(kind):
         action_levels=10,
         action_hidden=(64, 64),
         action_learning_rate=3e-3,
-        total_updates=1200,
+        total_updates=2000,
         rebase=False,
     )
     state = state_of(planner)
@@ -158,7 +158,7 @@ def test_inverse_dynamics_recovers_actions(kind):
         )
 
     trained = eqx.filter_jit(lambda part, keys: filter_scan(step, part, keys)[0])
-    part = trained(state.inverse_dynamics, jr.split(jr.key(1), 1200))
+    part = trained(state.inverse_dynamics, jr.split(jr.key(1), 2000))
     state = dataclasses.replace(state, inverse_dynamics=part)
 
     states, actions = pairs(jr.key(2), 500)

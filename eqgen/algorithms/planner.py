@@ -309,7 +309,7 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
         ts = uniform_grid(self.action_levels - 1, 1.0, self.t_min)
         return jnp.clip(ddpm(denoise, start, ts, _COSINE, key=key)[0], -1, 1)
 
-    def endpoints(self, obs: Obs, target: Obs) -> tuple[Obs, Obs]:
+    def endpoints(self, obs: Obs, target: Obs) -> tuple[Obs, Float[Array, " target"]]:
         """What inverse dynamics sees of the two states."""
         if self.rebase:
             obs, target = obs.at[:2].set(0), target.at[:2].add(-obs[:2])
