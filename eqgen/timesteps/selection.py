@@ -37,9 +37,9 @@ def select_columns(
 def _standardised(columns, filled):
     """Columns of mean 0 and norm 1 over the filled rows; 0 where a column does not vary but by round-off."""
     count = jnp.maximum(jnp.sum(filled), 1)
-    centred = jnp.where(filled[:, None], columns - jnp.sum(columns, axis=0) / count, 0.0)
-    largest = jnp.max(jnp.abs(columns), axis=0)
+    centred = jnp.where(filled[:, None], columns - jnp.sum(columns, axis=0, keepdims=True) / count, 0.0)
+    largest = jnp.max(jnp.abs(columns), axis=0, keepdims=True)
     scaled = centred / jnp.where(largest > 0, largest, 1.0)
-    norm = jnp.linalg.norm(scaled, axis=0)
+    norm = jnp.linalg.norm(scaled, axis=0, keepdims=True)
     varies = norm > 1e-6 * jnp.sqrt(count)
     return jnp.where(varies, scaled / jnp.where(varies, norm, 1.0), 0.0)
