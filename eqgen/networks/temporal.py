@@ -69,7 +69,9 @@ class Attention(eqx.Module):
 
     def __call__(self, x: Float[Array, "horizon width"]) -> Float[Array, "horizon width"]:
         heads = lambda y: y.reshape(len(x), self.num_heads, -1)
-        q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        # The bias of the keys, which the reference has, shifts all scores of a query alike: the softmax ignores it,
+        # and its gradient would be rounding alone, which Adam turns into steps of full length.
+        q, k, v = heads(self.query(x)), heads(x @ self.key.weight), heads(self.value(x))
         weights = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5)
         return self.out(jnp.einsum("hqk,khd->qhd", weights, v).reshape(x.shape))
 
