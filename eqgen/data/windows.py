@@ -2,7 +2,7 @@
 
 A window is the states at rows k, k + m, ..., k + (H - 1) m (horizon H, stride m) with their actions, the normalised
 return of its first state, and a weight. Which rows begin a window, where the states of a window stop changing, and
-how returns become labels differ by family of tasks. The rules are those of Decision Veteran's and Prior Guidance's
+how returns become labels differ by family of tasks. The rules are those of Diffusion Veteran's and Prior Guidance's
 code (arXiv 2505.10881), which states them nowhere else.
 
 | function | windows begin at | beyond the end | label before the map to [-1, 1] |
