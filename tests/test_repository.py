@@ -75,7 +75,7 @@ def test_files_name_no_machine_and_no_registry():
 
 def test_nothing_unpickles():
     for path in repository_files():
-        if path.suffix != ".py":
+        if path.suffix != ".py" or path.name == "test_data_formats.py":  # which writes what must not be read
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -143,7 +143,7 @@ def code_blocks(language: str) -> list[str]:
 def test_readme_names_make_targets_that_exist():
     named = set(
         re.findall(
-            r"\bmake ([a-z]+)", "\n".join(code_blocks("sh")) + "".join(re.findall(r"`[^`\n]+`", README))
+            r"(?<!eqgen data )\bmake ([a-z]+)", "\n".join(code_blocks("sh")) + "".join(re.findall(r"`[^`\n]+`", README))
         )
     )
     assert named <= set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.MULTILINE))
