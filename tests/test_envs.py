@@ -1,7 +1,9 @@
 """Laws of the environments in pure JAX, whichever they are, and of the catalog of names."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -267,3 +269,16 @@ def test_the_catalog_imports_no_back_end_until_asked():
         "c.make('toy/ring'); assert not heavy & set(sys.modules) - {'jax'}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_examples_of_the_page_on_environments_run():
+    page = (Path(__file__).resolve().parent.parent / "eqgen" / "envs" / "README.md").read_text()
+    session = {}
+    for code in re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL):
+        exec(compile(code, "eqgen/envs/README.md", "exec"), session)
+    env = session["Lander"]()
+    state, obs = env.reset(key=jr.key(0))
+    for _ in range(3):
+        state, timestep = env.step(state, jnp.ones(1), key=jr.key(0))
+    np.testing.assert_allclose(timestep.obs, [obs[0] + 0.1 * (0.1 + 0.2 + 0.3), 0.3], rtol=1e-5)
+    assert session["maze"].max_steps == 800 and session["Standing"].frame_skip == 4
