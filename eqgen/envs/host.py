@@ -3,12 +3,13 @@
 On a CPU the C engine is far faster than MJX, so it is the default for MuJoCo tasks. Nothing here is traced by
 JAX: a training loop steps a `HostVectorEnv` with NumPy arrays between two compiled calls.
 
-One after the other is kept because it is the simplest, and what beats it does not return what training needs. By
-benchmarks/host.py, in steps per second of 5 and of 25 HalfCheetahs and Hoppers on two cores: Gymnasium's
-SyncVectorEnv makes 0.90 to 0.99 of the steps, a pool of threads over the environments of all seeds 0.56 to 0.91, and
-1.24 of 25 Hoppers, AsyncVectorEnv 0.25 to 0.56. MuJoCo's own threads (`mujoco.rollout`) make up to 2.4 times as many,
-but states alone: observations, rewards and ends would have to be written anew for every task. The simulator takes 4 %
-of the time of training at 2x256, and training can hide it (`OnlineSettings(acting="overlap")`).
+One after the other is kept because it is the simplest, and what beats it does not return what training needs.
+By benchmarks/host.py, in steps per second of 5 and of 25 HalfCheetahs and Hoppers on two cores: Gymnasium's
+SyncVectorEnv makes 0.90 to 0.99 of the steps, a pool of threads over the environments of all seeds 0.56 to
+0.91, and 1.24 of 25 Hoppers, AsyncVectorEnv 0.25 to 0.56. MuJoCo's own threads (`mujoco.rollout`) make up to
+2.4 times as many, but states alone: observations, rewards and ends would have to be written anew for every
+task. The simulator takes 4 % of the time of training at 2x256, and training can hide it
+(`OnlineSettings(acting="overlap")`).
 
 An environment that ends is reset in the same step (Gymnasium's default would spend the next step on it, and
 that step would enter replay as a transition that never happened). Observations are passed on as they are;
