@@ -45,7 +45,7 @@ ALL = [f"{name}-v{version}" for name, task in TASKS.items() for version in task.
 )
 def test_trajectories_are_those_of_gymnasium(name, parity):
     row = parity.trajectories(name)
-    assert row["steps_within"] >= row["required"] and row["terminations_equal"]
+    assert row["steps_within"] >= parity.required(name) and row["terminations_equal"]
     assert row["obs_error"][0] < 1e-12
     if name.startswith(
         "InvertedPendulum"
@@ -56,7 +56,7 @@ def test_trajectories_are_those_of_gymnasium(name, parity):
 @pytest.mark.slow
 def test_the_humanoid_agrees_with_gymnasium_when_both_use_newtons_method(parity):
     row = parity.trajectories("Humanoid-v5", 10, same_solver=True)
-    assert row["obs_error"][1] < 1e-10 and row["obs_error"][10] < 1e-4  # chaotic: a factor per contact
+    assert row["obs_error"][1] < 1e-10 and row["steps_within"] == 10
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_the_committed_table_is_inside_its_tolerances(parity):
     rows = json.loads((parity.RESULTS / "parity.json").read_text())["rows"]
     assert set(ALL) <= set(rows)
     for name, row in rows.items():
-        assert row["steps_within"] >= row["required"] and row["terminations_equal"], name
+        assert row["steps_within"] >= parity.required(name) and row["terminations_equal"], name
         assert row.get("distribution", {"ks_p": 1.0})["ks_p"] > 0.001, name
     assert parity.table(rows).count("\n") == len(rows) + 1
 
@@ -117,7 +117,7 @@ def test_actions_are_rescaled_to_the_actuators_and_clipped():
 
 
 def test_resets_have_gymnasiums_laws():
-    """Against draws of Gymnasium itself; by the third moment and the range of each coordinate, where it varies."""
+    """Each coordinate that varies against draws of Gymnasium itself, by Kolmogorov and Smirnov's test."""
     for env, name in ((Reacher(), "Reacher-v5"), (Pusher(), "Pusher-v5"), (HalfCheetah(), "HalfCheetah-v5")):
         keys = jr.split(jr.key(0), 2000)
         qpos, qvel = jax.vmap(lambda key, env=env: env.draw(key=key))(keys)

@@ -30,7 +30,8 @@ ALGORITHMS = sorted(
 
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(?:home|root|Users|work|opt|tmp|mnt)/\w")
 REGISTRY = re.compile(
-    r"--(?:extra-)?index-url|--find-links|pythonhosted\.|(?:pypi|registry|mirror)\S*/simple"
+    # In pieces, so that this file is held to its own rule.
+    r"--(?:extra-)?index" r"-url|--find" r"-links|python" r"hosted\.|(?:pypi|registry|mirror)\S*/" r"simple"
 )
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 REQUIREMENTS = [
@@ -70,7 +71,7 @@ def test_files_name_no_machine_and_no_registry():
             continue
         for pattern in (MACHINE_PATH, REGISTRY):
             found = pattern.search(text)
-            assert not found or path == Path(__file__), f"{path.relative_to(ROOT)}: {found.group()}"
+            assert not found, f"{path.relative_to(ROOT)}: {found.group()}"
 
 
 def test_nothing_unpickles():

@@ -238,7 +238,7 @@ fig, (left, right) = plotting.subplots(1, 2, width=plotting.TEXT_WIDTH, aspect=0
 for (name, found), marker in zip(rates.items(), "osv^"):
     left.loglog(list(found), list(found.values()), marker=marker, label=name)
 left.set(xlabel="environments side by side", ylabel="environment steps per second")
-left.legend(fontsize=6, loc="center right", bbox_to_anchor=(1.0, 0.42))
+left.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2)
 right.barh(list(compile_times), list(compile_times.values()), color="0.6")
 right.set(xlabel="seconds to compile")
 plt.show()

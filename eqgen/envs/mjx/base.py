@@ -95,8 +95,7 @@ class _Physics:
             self.host = mujoco.MjModel.from_xml_path(str(_ASSETS / xml_file))
         finally:
             mujoco.set_mju_user_warning(previous)
-        self.changed_solver = self.host.opt.solver == mujoco.mjtSolver.mjSOL_PGS
-        if self.changed_solver:
+        if self.host.opt.solver == mujoco.mjtSolver.mjSOL_PGS:
             self.host.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
         self.model = mjx.put_model(self.host, impl="jax")
         self.data = mjx.put_data(self.host, mujoco.MjData(self.host), impl="jax")
