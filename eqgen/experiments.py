@@ -158,6 +158,7 @@ def train(
             f"seeds are {list(seeds)}; one or more different ones are needed, none negative."
         )
     experiment = Experiment(agent, env, settings, tuple(seeds), tensorboard)
+    content, built = experiment.to_json(), experiment.make_env()
     if env.startswith("mjx/") and jax.default_backend() == "cpu":
         same = env.replace("mjx/", "mujoco/")
         warnings.warn(
