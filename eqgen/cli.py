@@ -214,7 +214,7 @@ def _make_data(
     size: int | None = None,
     out: Path | None = None,
     seed: int = 0,
-    noise: float = 0.5,
+    noise: float | None = None,
     env: str | None = None,
     run: Path | None = None,
     expert: Path | None = None,
@@ -229,7 +229,7 @@ def _make_data(
         size: Steps; as many as D4RL's set has if not given.
         out: The file; data/NAME.hdf5 if not given.
         seed: Of everything random.
-        noise: Standard deviation of the noise on the controller's actions.
+        noise: Standard deviation of the noise on the controller's actions; 0.5 if not given.
         env: The environment of the set random.
         run: The run directory whose policy or replay it is.
         expert: The run directory whose policy scores 100.

@@ -46,7 +46,7 @@ def make(
     *,
     size: int | None = None,
     seed: int = 0,
-    noise: float = 0.5,
+    noise: float | None = None,
     env: str | None = None,
     run: str | Path | None = None,
     expert: str | Path | None = None,
@@ -58,22 +58,25 @@ def make(
 
     - `size`: steps. None: as many as D4RL's set has, a million for those of agents.
     - `seed`: of everything random. Of a run that trained several seeds the first acts.
-    - `noise`: on the actions of the waypoint controller.
+    - `noise`: on the actions of the waypoint controller; None: 0.5.
     - `env`: the environment of "random", such as "mujoco/Hopper-v5"; the others know it from their run.
     - `run`: whose policy or replay it is, for the sets of agents but "random".
     - `expert`: the run whose policy scores 100; "medium-expert" needs it, for "expert" it is the run itself.
         Without one the set has no scale.
     - `reference_episodes`: over how many episodes the two returns of the scale are averaged.
 
-    **Raises:** `DataError` when there is no such set or an argument it needs is missing.
+    **Raises:** `DataError` when there is no such set, an argument it needs is missing, or one is given that it does
+    not use.
     """
     if size is not None and size < 1:
         raise DataError(f"size is {size}; a set has at least one step.")
+    if name not in MAZE_SETS + AGENT_SETS:
+        raise DataError(f"There is no set {name!r}. Choose one of {', '.join(MAZE_SETS + AGENT_SETS)}.")
+    _refuse_unused(name, size=size, noise=noise, env=env, run=run, expert=expert)
     if name in MAZE_SETS:
+        noise = 0.5 if noise is None else noise
         kind = "navigate" if name.endswith("-navigate") else "maze2d"
         return mazes.make(kind, name.split("-")[1], size=size, noise=noise, seed=seed)
-    if name not in AGENT_SETS:
-        raise DataError(f"There is no set {name!r}. Choose one of {', '.join(MAZE_SETS + AGENT_SETS)}.")
     expert = expert or (run if name == "expert" else None)
     needs = {"random": {"--env": env}, "medium-expert": {"--run": run, "--expert": expert}}
     for flag, value in needs.get(name, {"--run": run}).items():
@@ -103,6 +106,14 @@ def make(
     scale = _scale(name, task, best, reference_episodes, seed) if best else None
     episodes = dataclasses.replace(episodes, name=name, scale=scale)
     return {"episodes": episodes, "resets": "ends", "settings": settings}
+
+
+def _refuse_unused(name, **given):
+    used = {"random": ("size", "env", "expert"), "medium-replay": ("run", "expert")}
+    used = used.get(name, ("size", "noise") if name in MAZE_SETS else ("size", "run", "expert"))
+    for argument, value in given.items():
+        if value is not None and argument not in used:
+            raise DataError(f"The set {name} does not use --{argument}. Leave it out.")
 
 
 def medium_step(run: str | Path, fraction: float = 1 / 3) -> int:

@@ -164,7 +164,6 @@ def train(
         warnings.warn(
             f"{env} compiles for minutes and is slow on a CPU; {same} is the same task.", stacklevel=2
         )
-    content, built = experiment.to_json(), experiment.make_env()
     with Run.create(out, content) as run:
         _drive(run, experiment, built, state=None, metadata={}, verbose=verbose)
     return Run.open(out)

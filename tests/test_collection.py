@@ -113,3 +113,20 @@ def test_what_is_missing_is_named(run):
         collection.make("medium-expert", run=run)
     with pytest.raises(DataError, match="probe/bth"):
         collection.make("random", env="probe/bth")
+
+
+@pytest.mark.parametrize(
+    "name, unused",
+    [
+        ("maze2d-umaze", {"run": "runs/a"}),
+        ("maze2d-large-navigate", {"env": "mujoco/Hopper-v5"}),
+        ("random", {"env": "toy/ring", "noise": 0.1}),
+        ("random", {"run": "runs/a"}),
+        ("medium", {"run": "runs/a", "env": "toy/ring"}),
+        ("medium-replay", {"run": "runs/a", "size": 10}),
+    ],
+)
+def test_what_a_set_does_not_use_is_refused(name, unused):
+    flag = list(unused)[-1]
+    with pytest.raises(DataError, match=f"The set {name} does not use --{flag}"):
+        collection.make(name, **unused)
