@@ -70,3 +70,16 @@ def filled(shapes: Any, *, scale: float = 0.3, seed: int = 0) -> Any:
 def take(tree: Any, i: int) -> Any:
     """Entry `i` along the leading axis of every array."""
     return jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, tree)
+
+
+def random_windows(key: Any, *shape: int, horizon: int, obs_size: int, action_size: int) -> Any:
+    """Windows of noise with these leading axes, all of weight 1."""
+    from eqgen.data.windows import Window  # not above: what checks eqgen's types as it is imported is in here
+
+    keys = jr.split(key, 3)
+    return Window(
+        states=jr.normal(keys[0], (*shape, horizon, obs_size)),
+        actions=jr.uniform(keys[1], (*shape, horizon, action_size), minval=-1.0, maxval=1.0),
+        label=jr.uniform(keys[2], shape, minval=-1.0),
+        weight=jnp.ones(shape),
+    )

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import pkgutil
-from functools import cache
+from functools import cache, partial
 
 import equinox as eqx
 import jax
@@ -14,12 +14,11 @@ import pytest
 import eqgen.algorithms
 from eqgen import checkpoint
 from eqgen.algorithms.base import AbstractAgent, AbstractLearner
-from eqgen.data.windows import Window
 from eqgen.envs.base import example_transition
 from eqgen.guidance import AbstractPlanner
 from eqgen.tree import filter_scan
 from eqgen.types import Transition
-from helpers import assert_trees_close, take
+from helpers import assert_trees_close, random_windows, take
 
 
 OBS, ACT, BATCH, HORIZON = 3, 2, 16, 5
@@ -53,14 +52,7 @@ def transitions(key, *shape):
     )
 
 
-def windows(key, *shape):
-    keys = jr.split(key, 3)
-    return Window(
-        states=jr.normal(keys[0], (*shape, HORIZON, OBS)),
-        actions=jr.uniform(keys[1], (*shape, HORIZON, ACT), minval=-1.0, maxval=1.0),
-        label=jr.uniform(keys[2], shape, minval=-1.0),
-        weight=jnp.ones(shape),
-    )
+windows = partial(random_windows, horizon=HORIZON, obs_size=OBS, action_size=ACT)
 
 
 def batch(cls, key, *leading):

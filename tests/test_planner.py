@@ -14,28 +14,16 @@ from jaxtyping import TypeCheckError
 
 from eqgen.algorithms.planner import DiffusionPlanner, PlannerBatch, Trained
 from eqgen.data.normalizer import Normalizer
-from eqgen.data.windows import Window
 from eqgen.guidance import CFG, CG
 from eqgen.samplers import uniform_grid
 from eqgen.schedules import VPCosine, VPLinear
 from eqgen.tree import filter_scan
 from eqgen.types import Transition
-from helpers import assert_trees_close, filled
+from helpers import assert_trees_close, filled, random_windows
 
 
 HORIZON, OBS, ACT = 8, 4, 2
-
-
-def windows(key, batch):
-    keys = jr.split(key, 3)
-    return Window(
-        states=jr.normal(keys[0], (batch, HORIZON, OBS)),
-        actions=jr.uniform(keys[1], (batch, HORIZON, ACT), minval=-1.0, maxval=1.0),
-        label=jr.uniform(keys[2], (batch,), minval=-1.0),
-        weight=jnp.ones(batch),
-    )
-
-
+windows = partial(random_windows, horizon=HORIZON, obs_size=OBS, action_size=ACT)
 EXAMPLE = jax.tree.map(lambda x: x[0], windows(jr.key(0), 1))
 
 

@@ -12,26 +12,14 @@ import optax
 import pytest
 
 from eqgen.algorithms.prior_guidance import PriorGuidance, gaussian_kl, gaussian_log_chi_square
-from eqgen.data.windows import Window
 from eqgen.guidance import MCSS, Prior, Unconditional
 from eqgen.networks.priors import FlowPrior, GaussianPrior, MixturePrior, Recurrence
 from eqgen.tree import filter_scan
-from helpers import assert_trees_close, filled
+from helpers import assert_trees_close, filled, random_windows
 
 
 HORIZON, OBS, ACT = 5, 3, 2
-
-
-def windows(key, batch):
-    keys = jr.split(key, 3)
-    return Window(
-        states=jr.normal(keys[0], (batch, HORIZON, OBS)),
-        actions=jr.uniform(keys[1], (batch, HORIZON, ACT), minval=-1.0, maxval=1.0),
-        label=jr.uniform(keys[2], (batch,), minval=-1.0),
-        weight=jnp.ones(batch),
-    )
-
-
+windows = partial(random_windows, horizon=HORIZON, obs_size=OBS, action_size=ACT)
 EXAMPLE = jax.tree.map(lambda x: x[0], windows(jr.key(0), 1))
 
 
