@@ -68,9 +68,9 @@ def _is_expected(error: Exception) -> bool:
     """Whether the error's message is enough for the user: no permission, a full disk, or one of our own."""
     from eqgen.checkpoint import CheckpointError
     from eqgen.data.episodes import DataError
-    from eqgen.experiments import ExperimentError
     from eqgen.hyperparameters import HyperparametersError
     from eqgen.runs import RunError
+    from eqgen.sessions import ExperimentError
 
     ours = CheckpointError | DataError | ExperimentError | HyperparametersError | RunError
     return isinstance(error, ours | OSError)
@@ -128,15 +128,23 @@ def _parse(options: Callable[..., Any], command: str, arguments: list[str]) -> A
 def train(arguments: list[str]) -> None:
     """Train an agent into a new run directory."""
     from eqgen import experiments
+    from eqgen.algorithms.base import AbstractAgent
 
+    known = experiments.algorithms() | _planners()
     if not arguments or arguments[0].startswith("-"):
-        names = ", ".join(experiments.algorithms())
-        print(f"usage: eqgen train ALGORITHM --env ENV [--out RUN] [...]\n\nalgorithms: {names}\n")
+        print("usage: eqgen train ALGORITHM --env ENV [--out RUN] [...]     (agents)")
+        print("       eqgen train ALGORITHM --data FILE [--out RUN] [...]   (diffusion-planner)")
+        print("       eqgen train ALGORITHM --planner RUN [--out RUN] [...] (on top of a trained planner)")
+        print(f"\nalgorithms: {', '.join(known)}\n")
         print("`eqgen train ALGORITHM --help` lists all options; `eqgen list` the environments.")
         if not {"-h", "--help"} & set(arguments):
             raise experiments.ExperimentError("train needs an algorithm first.")
         return
-    name, cls = arguments[0], experiments.algorithm(arguments[0])
+    name = arguments[0]
+    cls = known[name] if name in known else experiments.algorithm(name)
+    if not issubclass(cls, AbstractAgent):
+        _train_planner(name, cls, arguments[1:])
+        return
     chosen = _parse(_train_options(cls, arguments[1:]), f"train {name}", arguments[1:])
     experiments.train(
         chosen.agent,
@@ -148,24 +156,114 @@ def train(arguments: list[str]) -> None:
     )
 
 
-def _train_options(cls: type, arguments: list[str]) -> type:
-    """The options of `train`, with the defaults that preset, profile and environment lead to."""
-    from eqgen.experiments import ExperimentError
-    from eqgen.training import OnlineSettings
+def _planners() -> dict[str, type]:
+    """The planners and what is learned on top of them, by name."""
+    from eqgen import experiments
+    from eqgen.guidance import AbstractPlanner
+
+    return experiments.algorithms(AbstractPlanner)
+
+
+def _train_planner(name: str, cls: type, arguments: list[str]) -> None:
+    from eqgen import planning
+    from eqgen.algorithms.planner import DiffusionPlanner
+    from eqgen.data import formats
+    from eqgen.data.planning import WindowSettings, family_of
+
+    on_data = cls is DiffusionPlanner
+    options, default = _planner_options(cls, on_data, arguments)
+    chosen = _parse(options, f"train {name}", arguments)
+    out = chosen.out or Path("runs", f"{name}-{(chosen.data if on_data else chosen.planner).stem}")
+    if on_data:
+        family = chosen.family or family_of(formats.load(chosen.data)[1].name)
+        windows = WindowSettings.of(family)
+        given = {"horizon": chosen.horizon, "stride": chosen.stride}
+        windows = dataclasses.replace(windows, **{k: v for k, v in given.items() if v is not None})
+        seeds = range(chosen.seed_start, chosen.seed_start + chosen.seeds)
+        planning.train(
+            chosen.learner, chosen.data, windows, chosen.settings, seeds=seeds, out=out, env=chosen.env
+        )
+        return
+    for field in ("planner", "teacher"):
+        if getattr(chosen.learner, field, None) != getattr(default, field, None):
+            raise planning.ExperimentError(
+                f"--learner.{field} is what --planner trained, and cannot be changed any more. Leave it out."
+            )
+    planning.train_on_planner(chosen.learner, chosen.planner, chosen.settings, out=out, data=chosen.data)
+
+
+def _planner_options(cls: type, on_data: bool, arguments: list[str]) -> tuple[type, Any]:
+    """The options of `train` for planners, and the learner that preset and profile lead to."""
+    from eqgen.offline import OfflineSettings
+
+    preset_name, profile_name, profiles, _ = _preset_and_profile(cls, arguments)
+    learner = profiles[profile_name].resized(preset_name)
+    loop = OfflineSettings.preset(preset_name)
+
+    @dataclasses.dataclass(frozen=True)
+    class Source:
+        data: Path
+        """The set: a file of D4RL's layout (`eqgen data make` writes some), OGBench's npz, a folder of Minari's."""
+        family: Literal["maze2d", "antmaze", "kitchen", "mujoco"] | None = None
+        """Whose rules cut the windows; as the set's name says if not given."""
+        horizon: int | None = None
+        """States of a plan; the family's if not given."""
+        stride: int | None = None
+        """Steps from one of them to the next; the family's if not given."""
+        env: str | None = None
+        """Where the planner is to be judged; as the set's name says if not given."""
+        seeds: int = 1
+        """How many planners to train side by side, each with a seed of its own."""
+        seed_start: int = 0
+        """The first seed; the others follow it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Below:
+        planner: Path
+        """The run of the trained planner, whose set, windows and seeds are taken over."""
+        data: Path | None = None
+        """Where the set lies now, if it was moved."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Train(Source if on_data else Below):
+        out: Path | None = None
+        """The new run directory; runs/ALGORITHM-NAME if not given."""
+        preset: Literal[tuple(cls.sizes)] = preset_name
+        """How much computation: seconds, two CPU cores for up to about an hour, or one GPU."""
+        profile: Literal[tuple(profiles)] = profile_name
+        """Named settings of the algorithm, on top of which preset and flags apply."""
+        learner: cls = dataclasses.field(default_factory=lambda: learner)
+        settings: OfflineSettings = loop
+
+    Train.__doc__ = inspect.getdoc(cls)
+    return Train, learner
+
+
+def _preset_and_profile(cls: type, arguments: list[str]) -> tuple[str, str, dict[str, Any], str]:
+    """The names of preset and profile that were chosen, the profiles there are, and the environment."""
+    from eqgen.sessions import ExperimentError
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--env", "--preset", "--profile"):
         first.add_argument(flag, nargs="?")  # that it has a value is for the full parser to check
     known, _ = first.parse_known_args(arguments)
     profiles = cls.profiles()
-    preset_name, profile_name = known.preset or "cpu", known.profile or "default"
-    for kind, name, choices in (("preset", preset_name, cls.sizes), ("profile", profile_name, profiles)):
+    preset, profile = known.preset or "cpu", known.profile or "default"
+    for kind, name, choices in (("preset", preset, cls.sizes), ("profile", profile, profiles)):
         if name not in choices:
             raise ExperimentError(
                 f"{cls.__name__} has no {kind} {name!r}. Choose one of {', '.join(choices)}."
             )
+    return preset, profile, profiles, known.env or ""
+
+
+def _train_options(cls: type, arguments: list[str]) -> type:
+    """The options of `train`, with the defaults that preset, profile and environment lead to."""
+    from eqgen.training import OnlineSettings
+
+    preset_name, profile_name, profiles, env_name = _preset_and_profile(cls, arguments)
     chosen_agent = profiles[profile_name].resized(preset_name)
-    chosen_settings = OnlineSettings.preset(preset_name, known.env or "")
+    chosen_settings = OnlineSettings.preset(preset_name, env_name)
 
     @dataclasses.dataclass(frozen=True)
     class Train:
@@ -270,39 +368,70 @@ def resume(run: Positional[Path]) -> None:
     Args:
         run: The run directory.
     """
-    from eqgen import experiments
+    from eqgen import experiments, planning
+    from eqgen.runs import Run
 
-    experiments.resume(run)
+    (planning if planning.is_planning(Run.open(run).settings) else experiments).resume(run)
 
 
-def evaluate(run: Positional[Path], episodes: int = 20, seed: int = 0, json: Path | None = None) -> None:
+def evaluate(
+    run: Positional[Path],
+    episodes: int | None = None,
+    seed: int = 0,
+    json: Path | None = None,
+    guidance: str | None = None,
+    replan_every: int | None = None,
+) -> None:
     """Judge a run's newest checkpoint by fresh episodes.
 
     Args:
         run: The run directory.
-        episodes: How many, for each trained seed.
+        episodes: How many, for each trained seed; 20 of an agent, 100 of a planner if not given.
         seed: Of the episodes, which are the same for each trained seed.
         json: Where to write all returns and lengths, if anywhere.
+        guidance: How a planner makes plans: unconditional, held, zero, mcss:50, cg:0.1, cfg:1.2:1, prior,
+            prior-sampled.
+        replan_every: Steps for which a planner's plan is followed; 1 if not given.
     """
-    from eqgen import experiments
+    from eqgen import experiments, planning
+    from eqgen.guidance import scheme
+    from eqgen.runs import Run
 
-    results = experiments.evaluate(run, episodes, seed=seed)
+    if planning.is_planning(Run.open(run).settings):
+        try:
+            chosen = None if guidance is None else scheme(guidance)
+        except ValueError as error:
+            raise experiments.ExperimentError(str(error)) from error
+        results = planning.evaluate(
+            run, episodes or 100, guidance=chosen, replan_every=replan_every or 1, seed=seed
+        )
+    elif guidance is not None or replan_every is not None:
+        raise experiments.ExperimentError(
+            "--guidance and --replan-every are for planners; this run is of an agent."
+        )
+    else:
+        results = experiments.evaluate(run, episodes or 20, seed=seed)
     if json is not None:
         write_json(json, results)
-    print("{algorithm} on {env} at step {env_step}: {policy}".format(**results))
+    print("{algorithm} on {env} at step {step}: {policy}".format(**results))
     for result in results["seeds"]:
-        low, high = min(result["returns"]), max(result["returns"])
-        line = f"mean return {result['return']:.1f} over {episodes} episodes, {low:.1f} to {high:.1f}"
+        returns = result["returns"]
+        low, high = min(returns), max(returns)
+        line = f"mean return {result['return']:.1f} over {len(returns)} episodes, {low:.1f} to {high:.1f}"
+        if steps := result.get("steps_to_goal"):
+            reached = [step for step in steps if step is not None]
+            after = f" after {sum(reached) / len(reached):.0f} steps" if reached else ""
+            line += f"; goal reached in {len(reached)} of them{after}"
         print(f"  seed {result['seed']}: {line}")
 
 
-def plot(runs: Positional[tuple[Path, ...]], out: Path | None = None, metric: str = "eval/return") -> None:
+def plot(runs: Positional[tuple[Path, ...]], out: Path | None = None, metric: str | None = None) -> None:
     """Draw the learning curves of one or several runs, as PNG and PDF.
 
     Args:
         runs: The run directories, one curve each.
         out: The picture; learning_curve.png in the first run if not given.
-        metric: Which of the logged metrics.
+        metric: Which of the logged metrics; if not given the return of evaluation episodes, or a planner's loss.
     """
     from eqgen import experiments
 
@@ -338,9 +467,9 @@ def list_() -> None:
     from eqgen.envs import catalog
 
     print("algorithms")
-    for name, cls in experiments.algorithms().items():
+    for name, cls in (experiments.algorithms() | _planners()).items():
         about = inspect.getdoc(inspect.getmodule(cls)).splitlines()[0]
-        print(f"  {name:<12}{about} Profiles: {', '.join(cls.profiles())}")
+        print(f"  {name:<19}{about} Profiles: {', '.join(cls.profiles())}")
     print("\nenvironments")
     print("\n".join(f"  {name}" for name in catalog.available()))
 

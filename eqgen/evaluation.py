@@ -73,6 +73,50 @@ def _rollout_jax(policy, env, num_episodes, key):
 
 
 @eqx.filter_jit
+def rollout_rewards(
+    plan: Callable[..., Any],
+    act: Callable[..., Float[Array, " act"]],
+    env: AbstractEnv,
+    num_episodes: int,
+    *,
+    replan_every: int = 1,
+    key: Key[Array, ""],
+) -> Float[Array, "episodes steps"]:
+    """The rewards of episodes of a planner that makes a plan, follows it for some steps, and plans anew.
+
+    **Arguments:**
+
+    - `plan`: `(obs, key) -> plan`.
+    - `act`: `(plan, step, obs, key) -> action`, `step` counting from 0 since the plan was made.
+    - `replan_every`: steps for which a plan is followed.
+
+    **Returns:** rewards, zero after an episode has ended, for `env.max_steps` steps.
+    """
+    num_plans = -(-env.max_steps // replan_every)
+
+    def episode(key):
+        reset_key, plan_key, step_key = jr.split(key, 3)
+        state, obs = env.reset(key=reset_key)
+
+        def follow(carry, number):
+            current = plan(carry[1], jr.fold_in(plan_key, number))
+
+            def step(carry, i):
+                state, obs, done = carry
+                act_key, env_key = jr.split(jr.fold_in(step_key, number * replan_every + i))
+                state, timestep = env.step(state, act(current, i, obs, act_key), key=env_key)
+                return (state, timestep.obs, done | timestep.done), jnp.where(done, 0.0, timestep.reward)
+
+            return jax.lax.scan(step, carry, jnp.arange(replan_every))
+
+        start = state, obs, jnp.array(False)
+        rewards = jax.lax.scan(follow, start, jnp.arange(num_plans))[1]
+        return rewards.reshape(-1)[: env.max_steps]
+
+    return jax.vmap(episode)(jax.vmap(jr.fold_in, (None, 0))(key, jnp.arange(num_episodes)))
+
+
+@eqx.filter_jit
 def _act_batch(policy, obs, key, step):
     keys = jax.vmap(lambda i: jr.fold_in(jr.fold_in(key, i), step))(jnp.arange(len(obs)))
     return jax.vmap(policy)(obs, keys)

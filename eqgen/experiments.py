@@ -1,46 +1,37 @@
 """Whole experiments on disk: train, go on, evaluate, plot; what command line and figure scripts call.
 
 A run directory holds all seeds of one experiment (see `eqgen.runs`), and its `settings.json` all that it
-takes to build the agent, the environment and the loop again. However training stops, it can go on: at the
-first interrupt the chunk under way is finished and saved, and a metric that is not finite leaves the last
-good checkpoint in place.
+takes to build the agent, the environment and the loop again. However training stops, it can go on (see
+`eqgen.sessions`). Here is what is online; planners are `eqgen.planning`'s.
 """
 
 import dataclasses
 import difflib
 import importlib
 import inspect
-import math
 import pkgutil
 import re
-import signal
-import sys
-import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from tqdm import tqdm
 
 from eqgen import algorithms as algorithms_package
-from eqgen.algorithms.base import AbstractAgent
+from eqgen.algorithms.base import AbstractAgent, AbstractLearner
 from eqgen.envs import catalog
 from eqgen.envs.base import example_transition
 from eqgen.evaluation import Policy, rollout_returns
 from eqgen.hyperparameters import HyperparametersError, from_json, to_json
-from eqgen.runs import Run, TensorBoard
+from eqgen.runs import Run
+from eqgen.sessions import ExperimentError, check_seeds, drive, name_seeds
 from eqgen.training import (
-    NonFiniteError,
     OnlineSettings,
     OnlineState,
-    Progress,
     greedy_policy,
     init_online,
     seed_slice,
@@ -48,33 +39,21 @@ from eqgen.training import (
 )
 
 
-class ExperimentError(Exception):
-    """Something that was asked for cannot be done; the message says what and why in a line."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop and did, after saving; `signal` is what asked."""
-
-    def __init__(self, message: str, signal: int):
-        super().__init__(message)
-        self.signal = signal
-
-
-def algorithms() -> dict[str, type[AbstractAgent]]:
-    """The agents of `eqgen.algorithms` by name ("som" for `SOM`): every final class in a module there."""
+def algorithms(base: type[AbstractLearner] = AbstractAgent) -> dict[str, type[AbstractLearner]]:
+    """The classes in `eqgen.algorithms` that can be used and derive from `base`, by name ("som" for `SOM`)."""
     found = {}
     for info in pkgutil.iter_modules(algorithms_package.__path__):
         module = importlib.import_module(f"{algorithms_package.__name__}.{info.name}")
         for cls in vars(module).values():
-            is_agent = inspect.isclass(cls) and issubclass(cls, AbstractAgent)
-            if is_agent and not inspect.isabstract(cls) and cls.__module__ == module.__name__:
+            fits = inspect.isclass(cls) and issubclass(cls, base) and not inspect.isabstract(cls)
+            if fits and cls.__module__ == module.__name__:
                 found[re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()] = cls
     return found
 
 
-def algorithm(name: str) -> type[AbstractAgent]:
-    """The agent class of that name."""
-    found = algorithms()
+def algorithm(name: str, base: type[AbstractLearner] = AbstractAgent) -> type[AbstractLearner]:
+    """The class of that name."""
+    found = algorithms(base)
     if name not in found:
         nearest = difflib.get_close_matches(name.lower(), found, n=3) or sorted(found)
         raise ExperimentError(f"There is no algorithm {name!r}. Did you mean {' or '.join(nearest)}?")
@@ -153,11 +132,7 @@ def train(
     **Raises:** `ExperimentError` when something does not fit or a metric is no longer finite; `RunError` when
     `out` is taken; `Interrupted` after an interrupt, once the state is saved.
     """
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ExperimentError(
-            f"seeds are {list(seeds)}; one or more different ones are needed, none negative."
-        )
-    experiment = Experiment(agent, env, settings, tuple(seeds), tensorboard)
+    experiment = Experiment(agent, env, settings, check_seeds(seeds), tensorboard)
     content, built = experiment.to_json(), experiment.make_env()
     if env.startswith("mjx/") and jax.default_backend() == "cpu":
         same = env.replace("mjx/", "mujoco/")
@@ -196,116 +171,33 @@ def _restore(run, experiment, env):
 
 
 def _drive(run, experiment, env, state, metadata, verbose):
-    """The loop around the generator: log, save, report, until the end or an interrupt."""
-    settings, first = experiment.settings, metadata.get("env_step", 0)
-    total, saved = settings.total_steps, metadata.get("env_step")
+    settings, saved = experiment.settings, metadata.get("env_step")
     if verbose:
-        print(_headline(run, experiment, saved), flush=True)
-    with ExitStack() as stack:
-        sinks = [run]
-        if experiment.tensorboard:
-            sinks.append(stack.enter_context(closing(TensorBoard(run.path, -1 if saved is None else saved))))
-        hidden = None if verbose else True  # None: hidden unless on a terminal
-        bar = stack.enter_context(tqdm(total=total, initial=first, unit="step", disable=hidden))
-        stop = stack.enter_context(_StopOnSignal())
-        steps = train_online(experiment.agent, env, settings, seeds=experiment.seeds, state=state)
-        stack.enter_context(closing(steps))
-        try:
-            for progress in steps:
-                step = progress.env_step
-                for record in progress.records:
-                    record["wall_time"] += metadata.get("wall_time", 0.0)
-                _check_finite(progress)
-                for sink in sinks:
-                    sink.log(progress.records)
-                _report(bar, progress, verbose)
-                due = step > 0 and settings.checkpoint_every and step % settings.checkpoint_every == 0
-                if due or step == total or stop.signal:
-                    run.save_checkpoint(progress.state, step, wall_time=progress.records[0]["wall_time"])
-                    saved = step
-                if stop.signal and step < total:
-                    raise Interrupted(f"Saved step {step}. Go on with: eqgen resume {run.path}", stop.signal)
-        except NonFiniteError as error:
-            kept = (
-                "No checkpoint had been saved" if saved is None else f"The checkpoint of step {saved} is kept"
-            )
-            raise ExperimentError(f"{error} Training has stopped. {kept} in {run.path}.") from error
+        where = f"going on from step {saved} in" if saved is not None else "into"
+        what = f"{type(experiment.agent).__name__} on {experiment.env}, {name_seeds(experiment.seeds)}"
+        print(f"{what}, {settings.total_steps} steps each, {where} {run.path}", flush=True)
+    drive(
+        run,
+        train_online(experiment.agent, env, settings, seeds=experiment.seeds, state=state),
+        total=settings.total_steps,
+        checkpoint_every=settings.checkpoint_every,
+        metadata=metadata,
+        parameters=lambda state: state.agent,
+        summary=_summary,
+        tensorboard=experiment.tensorboard,
+        verbose=verbose,
+    )
 
 
-class _StopOnSignal:
-    """While entered, the first Ctrl-C or SIGTERM only sets `signal`; the second interrupts at once."""
-
-    def __init__(self):
-        self.signal = None
-        self._previous = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-        message = "Stopping when this chunk is done and saved. Again: stop at once."
-        print(f"\n{message}", file=sys.stderr, flush=True)
-
-
-def _check_finite(progress: Progress) -> None:
-    """What the loop does not check itself: evaluation results, and the parameters about to be saved."""
-    step = progress.env_step
-    for record in progress.records:
-        for name, value in record.items():
-            if not all(math.isfinite(x) for x in np.ravel(value) if isinstance(x, float)):
-                raise NonFiniteError(
-                    f"The metric {name} of seed {record['seed']} is {value} at environment step {step}."
-                )
-    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(progress.state.agent, eqx.is_inexact_array))
-    finite = _finite_by_seed([leaf for _, leaf in leaves])
-    for (path, _), good in zip(leaves, np.asarray(finite)):
-        if not good.all():
-            seed = progress.records[int(np.argmin(good))]["seed"]
-            name = jax.tree_util.keystr(path)
-            raise NonFiniteError(
-                f"The array {name} of seed {seed} has NaN or infinite entries at environment step {step}."
-            )
-
-
-@jax.jit
-def _finite_by_seed(leaves):
-    return jnp.stack([jnp.all(jnp.isfinite(leaf.reshape(len(leaf), -1)), axis=1) for leaf in leaves])
-
-
-def _headline(run, experiment, saved):
-    seeds = experiment.seeds
-    consecutive = len(seeds) > 2 and seeds == tuple(range(seeds[0], seeds[0] + len(seeds)))
-    listed = f"{seeds[0]} to {seeds[-1]}" if consecutive else ", ".join(map(str, seeds))
-    names = f"seed{'s' if len(seeds) > 1 else ''} {listed}"
-    where = f"going on from step {saved} in" if saved is not None else "into"
-    name, steps = type(experiment.agent).__name__, experiment.settings.total_steps
-    return f"{name} on {experiment.env}, {names}, {steps} steps each, {where} {run.path}"
-
-
-def _report(bar, progress, verbose):
-    records = progress.records
-    bar.update(progress.env_step - bar.n)
+def _summary(records):
     latest = [record["train/return"] for record in records if record.get("train/return") is not None]
-    if latest:
-        bar.set_postfix({"return": f"{np.mean(latest):.1f}"})
-    if verbose and "eval/return" in records[0]:
-        returns = [record["eval/return"] for record in records]
-        each = f"  ({', '.join(f'{x:.1f}' for x in returns)})" if len(returns) > 1 else ""
-        bar.write(
-            f"step {progress.env_step:>8}  updates {progress.num_updates:>8}  "
-            f"{records[0]['wall_time']:7.1f} s  evaluation return {np.mean(returns):9.1f}{each}"
-        )
-        sys.stdout.flush()
+    beside = {"return": f"{np.mean(latest):.1f}"} if latest else {}
+    if "eval/return" not in records[0]:
+        return beside, None
+    returns = [record["eval/return"] for record in records]
+    each = f"  ({', '.join(f'{x:.1f}' for x in returns)})" if len(returns) > 1 else ""
+    line = f"updates {records[0]['updates']:>8}  evaluation return {np.mean(returns):9.1f}{each}"
+    return beside, line
 
 
 def trained_policies(out: str | Path) -> tuple[Experiment, Any, list[Policy], int]:
@@ -344,6 +236,7 @@ def evaluate(out: str | Path, episodes: int = 20, *, seed: int = 0) -> dict[str,
         "algorithm": type(experiment.agent).__name__,
         "env": experiment.env,
         "env_step": env_step,
+        "step": env_step,
         "policy": f"last parameters, {experiment.agent.evaluation_policy}",
         "episodes": episodes,
         "episode_seed": seed,
@@ -351,16 +244,25 @@ def evaluate(out: str | Path, episodes: int = 20, *, seed: int = 0) -> dict[str,
     }
 
 
-def plot(outs: Sequence[str | Path], path: str | Path, *, metric: str = "eval/return") -> list[Path]:
-    """Draws `metric` over environment steps, one curve per run, and writes it as PNG and PDF.
+def plot(outs: Sequence[str | Path], path: str | Path, *, metric: str | None = None) -> list[Path]:
+    """Draws a metric over environment steps or updates, one curve per run, and writes it as PNG and PDF.
+
+    **Arguments:** `metric`: None is the return of evaluation episodes, or a planner's first loss.
 
     **Returns:** the files written.
+
+    **Raises:** `ExperimentError` for runs on different clocks.
     """
     from eqgen import plotting
 
     runs = [Run.open(out) for out in outs]
-    experiments = [Experiment.from_json(run.settings) for run in runs]
-    names = [type(experiment.agent).__name__ for experiment in experiments]
+    if len(clocks := {run.clock for run in runs}) > 1:
+        raise ExperimentError(
+            "Environment steps and updates share no axis. Plot runs that learn online apart from others."
+        )
+    online = clocks == {"env_step"}
+    metric = metric or ("eval/return" if online else _first_loss(runs[0]))
+    names = [run.settings["algorithm"] for run in runs]
     same = len(set(names)) < len(names)
     with plotting.style():
         fig, ax = plotting.subplots()
@@ -370,11 +272,18 @@ def plot(outs: Sequence[str | Path], path: str | Path, *, metric: str = "eval/re
             label = f"{name} ({run.path.name})" if same else name
             show_seeds = len(values) < 5  # too few for an interval to mean much
             captions.append(plotting.learning_curve(ax, steps, values, label=label, show_seeds=show_seeds))
-        envs = ", ".join(sorted({experiment.env for experiment in experiments}))
+        envs = ", ".join(sorted({run.settings["env"] for run in runs}))
         ax.set_title(f"{envs}\n{'; '.join(dict.fromkeys(captions))}", loc="left", fontsize=7)
         ax.legend()
-        ax.set(xlabel="environment steps", ylabel=metric.replace("eval/return", "evaluation return"))
+        xlabel = "environment steps" if online else "updates"
+        ax.set(xlabel=xlabel, ylabel=metric.replace("eval/return", "evaluation return"))
         return plotting.save(fig, path)
+
+
+def _first_loss(run):
+    """The name of a metric that every learner of its kind logs."""
+    losses = [name for record in run.metrics()[:1] for name in record if name.endswith("/loss")]
+    return losses[0] if losses else "loss"
 
 
 def render(

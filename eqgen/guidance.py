@@ -18,6 +18,7 @@ and the draws of noise: with the same key, `MCSS(1)`, `CG(0)`, and `CFG(0, y)` r
 and the candidates of `MCSS(K)` are the first K of any larger K.
 """
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
@@ -222,3 +223,37 @@ def _best(plans: Float[Array, "number horizon obs"], value: Callable[[Plan], Sca
 def _check_candidates(scheme: Any) -> None:
     if scheme.num_candidates < 1:
         raise ValueError(f"num_candidates is {scheme.num_candidates}; a plan takes at least 1.")
+
+
+SCHEMES: dict[str, AbstractGuidance] = {
+    "unconditional": Unconditional(),
+    "held": Unconditional("held"),
+    "zero": Unconditional("zero"),
+    "mcss": MCSS(),
+    "cg": CG(),
+    "cfg": CFG(),
+    "prior": Prior(),
+    "prior-sampled": Prior(sample=True),
+}
+"""By name, with default parameters."""
+
+
+def scheme(text: str) -> AbstractGuidance:
+    """The scheme that a text names, with the parameters of its class after colons: "mcss:16", "cfg:1.2:0.9".
+
+    **Raises:** `ValueError` when there is no such scheme, or it takes no such parameters.
+    """
+    name, *given = text.split(":")
+    if name not in SCHEMES:
+        raise ValueError(f"There is no scheme {name!r}. Choose one of {', '.join(SCHEMES)}.")
+    default = SCHEMES[name]
+    fields = [field for field in dataclasses.fields(default) if field.type in (int, float)]
+    fields = [] if name in ("held", "zero") else fields
+    try:
+        if len(given) > len(fields):
+            raise ValueError
+        values = {field.name: field.type(value) for field, value in zip(fields, given)}
+    except ValueError:
+        takes = ":".join([name, *(field.name.upper() for field in fields)])
+        raise ValueError(f"{text!r} cannot be read; the form is {takes}, numbers, from the left.") from None
+    return dataclasses.replace(default, **values)

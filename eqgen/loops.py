@@ -26,6 +26,10 @@ from eqgen.types import Transition
 INIT, TRAIN, EVAL = range(3)
 
 
+class NonFiniteError(FloatingPointError):
+    """A loss, a statistic or an observation became NaN or infinite; the message names it, the seed, the step."""
+
+
 class OnlineState(eqx.Module):
     """All that a run needs to go on. Every array but `iteration` has a leading axis of seeds.
 

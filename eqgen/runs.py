@@ -39,6 +39,8 @@ class Run:
 
     def __init__(self, path: Path, settings: dict[str, Any], keep: int):
         self.path, self.settings, self.keep = path, settings, keep
+        self.clock: str = settings.get("clock", "env_step")
+        """What counts a run's steps in records and checkpoints: "env_step" online, "update" offline."""
         self._lock = self._log = None
 
     @classmethod
@@ -117,7 +119,7 @@ class Run:
     # --- Metrics ---
 
     def log(self, records: Records) -> None:
-        """Appends records: flat dicts of what JSON can hold (no NaN), with `seed` and `env_step`."""
+        """Appends records: flat dicts of what JSON can hold (no NaN), with `seed` and the run's clock."""
         self._log.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
         self._log.flush()
 
@@ -133,14 +135,14 @@ class Run:
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The metric `name` over time.
 
-        **Returns:** environment steps, of shape (times,), and values, of shape (seeds, times), at the steps
-        where every seed has one.
+        **Returns:** environment steps or updates, of shape (times,), and values, of shape (seeds, times), at the
+        steps where every seed has one.
         """
         seeds: dict[int, dict[int, float]] = {}
         for record in self.metrics():
             values = seeds.setdefault(record["seed"], {})
             if record.get(name) is not None:
-                values[record["env_step"]] = record[name]
+                values[record[self.clock]] = record[name]
         steps = sorted(set.intersection(*map(set, seeds.values()))) if seeds else []
         if not steps:
             known = sorted({key for record in self.metrics() for key in record})
@@ -149,18 +151,18 @@ class Run:
             )
         return np.array(steps), np.array([[values[step] for step in steps] for values in seeds.values()])
 
-    def rewind(self, env_step: int) -> None:
-        """Forgets what was logged after `env_step`, so that going on from there writes the log of one piece.
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged after `step`, so that going on from there writes the log of one piece.
 
         Checkpoints of later steps, which can only be damaged ones, are set aside as `*.damaged`.
         """
-        kept = [record for record in self.metrics() if record["env_step"] <= env_step]
+        kept = [record for record in self.metrics() if record[self.clock] <= step]
         self._log.close()
         with replacing(self.path / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._log = open(self.path / "metrics.jsonl", "a")
         for path in self.checkpoints():
-            if _step(path) > env_step:
+            if _step(path) > step:
                 path.rename(path.with_suffix(".eqx.damaged"))
 
     # --- Checkpoints ---
@@ -169,11 +171,11 @@ class Run:
         """The checkpoint files, newest first."""
         return sorted((self.path / "checkpoints").glob("step_*.eqx"), key=_step, reverse=True)
 
-    def save_checkpoint(self, tree: Any, env_step: int, **metadata: Any) -> Path:
+    def save_checkpoint(self, tree: Any, step: int, **metadata: Any) -> Path:
         """Saves `tree` and drops all but the last `keep` checkpoints; the log reaches the disk first."""
         os.fsync(self._log.fileno())
-        path = self.path / "checkpoints" / f"step_{env_step:010d}.eqx"
-        checkpoint.save(path, tree, {"env_step": env_step} | metadata)
+        path = self.path / "checkpoints" / f"step_{step:010d}.eqx"
+        checkpoint.save(path, tree, {self.clock: step} | metadata)
         for old in self.checkpoints()[self.keep :]:
             old.unlink()
         return path
@@ -206,18 +208,18 @@ class TensorBoard:
     **Arguments:**
 
     - `path`: the run directory; event files go to `tensorboard/seed_0`, ...
-    - `env_step`: where the run stands; what earlier sessions wrote beyond it is hidden.
+    - `step`: where the run stands; what earlier sessions wrote beyond it is hidden.
     """
 
-    def __init__(self, path: str | Path, env_step: int = 0):
+    def __init__(self, path: str | Path, step: int = 0, clock: str = "env_step"):
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise RunError("TensorBoard files need tensorboardX: pip install 'eqgen[log]'.") from None
         self._open = lambda seed: SummaryWriter(
-            str(Path(path, "tensorboard", f"seed_{seed}")), purge_step=env_step + 1
+            str(Path(path, "tensorboard", f"seed_{seed}")), purge_step=step + 1
         )
-        self._writers = {}
+        self._writers, self._clock = {}, clock
 
     def log(self, records: Records) -> None:
         """Writes every number of every record."""
@@ -226,8 +228,8 @@ class TensorBoard:
                 self._writers[record["seed"]] = self._open(record["seed"])
             writer = self._writers[record["seed"]]
             for name, value in record.items():
-                if isinstance(value, int | float) and name not in ("seed", "env_step"):
-                    writer.add_scalar(name, value, record["env_step"])
+                if isinstance(value, int | float) and name not in ("seed", self._clock):
+                    writer.add_scalar(name, value, record[self._clock])
             writer.flush()
 
     def close(self) -> None:

@@ -20,11 +20,7 @@ from eqgen.algorithms.base import AbstractAgent, Size
 from eqgen.data.replay import ReplayBuffer
 from eqgen.envs.base import AbstractEnv, example_transition
 from eqgen.evaluation import rollout_returns
-from eqgen.loops import EVAL, INIT, HostLoop, JaxLoop, OnlineState, run_key
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss, a statistic or an observation became NaN or infinite; the message names it, the seed, the step."""
+from eqgen.loops import EVAL, INIT, HostLoop, JaxLoop, NonFiniteError, OnlineState, run_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +132,11 @@ class Progress:
     num_updates: int
     records: list[dict[str, Any]]
     state: OnlineState
+
+    @property
+    def step(self) -> int:
+        """The run's clock: environment steps."""
+        return self.env_step
 
 
 # --- The generator ---

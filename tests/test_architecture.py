@@ -23,9 +23,10 @@ LAYERS = [
     {"data."},
     {"algorithms."},
     {"checkpoint", "evaluation", "loops"},
-    {"runs", "training", "plotting", "rendering"},
+    {"runs", "training", "offline", "plotting", "rendering"},
+    {"sessions"},
     {"experiments"},
-    {"studies", "collection"},
+    {"studies", "collection", "planning"},
     {"cli"},
 ]
 # What an algorithm may import of its own package: the base of all, and the planner, since a method such as Prior
@@ -45,9 +46,11 @@ WEIGHTY_MODULES = {
     "envs.robotics",
     "plotting",
     "rendering",
+    "sessions",
     "experiments",
     "studies",
     "collection",
+    "planning",
     "cli",
 }
 HEAVY = "diffrax gymnax gymnasium mujoco flax brax matplotlib PIL imageio h5py pandas tqdm tyro".split()

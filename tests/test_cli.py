@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from eqgen import cli, experiments
+from eqgen import cli, experiments, sessions
 from eqgen.algorithms.sac import SAC
 from eqgen.algorithms.som import SOM
 from eqgen.schedules import VPLinear
@@ -180,7 +180,7 @@ def test_render_writes_beside_the_run(run, capsys):
 
 def test_interrupt_has_its_exit_code(monkeypatch, capsys):
     def interrupted(*_, **__):
-        raise experiments.Interrupted("Saved step 30. Go on with: eqgen resume runs/x", 15)
+        raise sessions.Interrupted("Saved step 30. Go on with: eqgen resume runs/x", 15)
 
     monkeypatch.setattr(experiments, "resume", interrupted)
     assert cli.main(["resume", "runs/x"]) == 143

@@ -9,12 +9,13 @@ import equinox as eqx
 import numpy as np
 import pytest
 
-from eqgen import experiments
+from eqgen import experiments, sessions
 from eqgen.algorithms.sac import SAC
-from eqgen.experiments import Experiment, ExperimentError, Interrupted
+from eqgen.experiments import Experiment
 from eqgen.hyperparameters import HyperparametersError, from_json, to_json
 from eqgen.runs import Run, RunError
 from eqgen.schedules import VPLinear
+from eqgen.sessions import ExperimentError, Interrupted
 from eqgen.training import OnlineSettings
 from helpers import assert_trees_close
 
@@ -214,7 +215,7 @@ def spoil_parameters(progress):
 def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, spoil, what):
     monkeypatch.setattr(experiments, "train_online", at_step(40, spoil))
     with pytest.raises(
-        ExperimentError, match=f"{what} at environment step 40.*The checkpoint of step 20 is kept"
+        ExperimentError, match=f"{what} at (environment )?step 40.*The checkpoint of step 20 is kept"
     ):
         train(tmp_path / "x")
     run = Run.open(tmp_path / "x")
@@ -244,7 +245,7 @@ def test_settings_of_other_versions_are_refused(finished, tmp_path):
 
 def test_second_signal_interrupts_at_once(capsys):
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), experiments._StopOnSignal() as stop:
+    with pytest.raises(KeyboardInterrupt), sessions.StopOnSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
         assert "Again: stop at once" in capsys.readouterr().err

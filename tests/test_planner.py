@@ -12,8 +12,9 @@ import optax
 import pytest
 from jaxtyping import TypeCheckError
 
-from eqgen.algorithms.planner import DiffusionPlanner, PlannerBatch, Trained
+from eqgen.algorithms.planner import DiffusionPlanner, Trained
 from eqgen.data.normalizer import Normalizer
+from eqgen.data.planning import PlannerBatch
 from eqgen.guidance import CFG, CG
 from eqgen.samplers import uniform_grid
 from eqgen.schedules import VPCosine, VPLinear

@@ -77,7 +77,7 @@ class MeanFlowPlanner(AbstractLearner, AbstractPlanner):
 
     sizes = {
         "smoke": dict(width=16, depth=1, num_heads=2, total_updates=100),
-        "cpu": dict(width=64, learning_rate=1e-3, total_updates=20_000, average=0.999),
+        "cpu": dict(width=32, num_heads=2, learning_rate=1e-3, total_updates=10_000, average=0.999),
         "paper": dict(),
     }
 

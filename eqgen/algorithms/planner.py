@@ -38,6 +38,7 @@ from jaxtyping import Array, Float, Int, Key, ScalarLike
 
 from eqgen.algorithms.base import AbstractLearner, gradient_step
 from eqgen.data.normalizer import Normalizer
+from eqgen.data.planning import PlannerBatch
 from eqgen.data.windows import Window
 from eqgen.guidance import (
     MCSS,
@@ -56,7 +57,7 @@ from eqgen.networks.temporal import DiT1D, HorizonCritic
 from eqgen.networks.unet import HalfUNet1D, UNet1D
 from eqgen.samplers import ddpm, log_snr_grid, uniform_grid
 from eqgen.schedules import AbstractNoiseSchedule, VPCosine, VPLinear
-from eqgen.tree import filter_cond, polyak, tree_copy
+from eqgen.tree import filter_cond, polyak, shared, tree_copy
 from eqgen.types import Transition
 
 
@@ -92,17 +93,6 @@ class Trained(eqx.Module):
         online, opt_state = gradient_step(optimizer, self.online, self.opt_state, grads)
         average = None if self.average is None else polyak(self.average, online, rate)
         return type(self)(online, average, opt_state), value
-
-
-class PlannerBatch(eqx.Module):
-    """A batch whose parts learn from different data; a batch of `Window`s alone serves all."""
-
-    plans: Window
-    """For the denoiser, the critic and the classifier."""
-    actions: Window
-    """For the inverse dynamics, which reads the first two states and the first action."""
-    transitions: Transition | None = None
-    """For V_eta, where the value of a plan is that of its states."""
 
 
 class PlannerState(eqx.Module):
@@ -196,16 +186,16 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
             total_updates=100,
         ),
         "cpu": dict(
-            width=64,
-            depth=2,
-            num_heads=4,
+            width=32,
+            num_heads=2,
+            unet_width=8,
             value_hidden=(128, 128),
             action_hidden=(128, 128),
-            critic_updates=20_000,
+            critic_updates=10_000,
             learning_rate=1e-3,
             critic_learning_rate=1e-3,
             action_learning_rate=1e-3,
-            total_updates=20_000,
+            total_updates=10_000,
             average=0.999,
             debias=True,
         ),
@@ -452,7 +442,7 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
                 self.critic_optimizer, self.critic_loss, states, batch.plans.label, rate=0.0
             )
             keep = lambda critic: (critic, self.critic_loss(critic.online, states, batch.plans.label))
-            return filter_cond(state.step < self.critic_updates, learn, keep, state.critic)
+            return filter_cond(shared(state.step) < self.critic_updates, learn, keep, state.critic)
         if batch.transitions is None:
             raise ValueError(
                 f"plan_value={self.plan_value!r} learns V(s) from transitions, which the batch lacks: pass "

@@ -75,6 +75,11 @@ class PriorGuidanceState(eqx.Module):
     latent_value: Trained
     step: Int[Array, ""]
 
+    @property
+    def normalizer(self) -> Normalizer:
+        """The planner's."""
+        return self.planner.normalizer
+
 
 class PriorGuidance(AbstractLearner, AbstractPlanner):
     """Hyperparameters and methods of Prior Guidance. It is itself a planner: the one with the learned prior."""
@@ -121,13 +126,15 @@ class PriorGuidance(AbstractLearner, AbstractPlanner):
             width=16,
             depth=1,
             num_heads=2,
+            total_updates=100,
         ),
         "cpu": dict(
             prior_hidden=64,
-            width=64,
+            width=32,
+            num_heads=2,
             prior_learning_rate=1e-3,
             value_learning_rate=1e-3,
-            total_updates=10_000,
+            total_updates=3_000,
         ),
         "paper": dict(),
     }
@@ -203,7 +210,7 @@ class PriorGuidance(AbstractLearner, AbstractPlanner):
         guidance: AbstractGuidance | None = None,
     ) -> Plan:
         """A plan from an observation of the environment, as z-scores."""
-        return (guidance or self.guidance)(self, state, state.planner.normalizer(obs), key=key)
+        return (guidance or self.guidance)(self, state, state.normalizer(obs), key=key)
 
     def act(self, state: PriorGuidanceState, obs: Obs, *, key: Key[Array, ""]) -> Action:
         """The action in [-1, 1]^d at an observation of the environment: the first step of a new plan."""
@@ -320,7 +327,7 @@ class PriorGuidance(AbstractLearner, AbstractPlanner):
     def update(self, state, batch, *, key):
         """The latent value on draws of the Polyak prior, then the prior on the Polyak latent value."""
         draw_key, prior_key = jr.split(key)
-        obs = state.planner.normalizer(batch.states[:, 0])
+        obs = state.normalizer(batch.states[:, 0])
 
         def decoded(obs, key):
             u = self.draw(state.prior.average, obs, key=key)
