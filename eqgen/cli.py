@@ -128,7 +128,7 @@ def _parse(options: Callable[..., Any], command: str, arguments: list[str]) -> A
 def train(arguments: list[str]) -> None:
     """Train an agent into a new run directory."""
     from eqgen import experiments
-    from eqgen.algorithms.base import AbstractAgent
+    from eqgen.algorithms.base import AbstractAgent, AbstractLearner
 
     known = experiments.algorithms() | _planners()
     if not arguments or arguments[0].startswith("-"):
@@ -141,7 +141,7 @@ def train(arguments: list[str]) -> None:
             raise experiments.ExperimentError("train needs an algorithm first.")
         return
     name = arguments[0]
-    cls = known[name] if name in known else experiments.algorithm(name)
+    cls = experiments.algorithm(name, AbstractLearner)
     if not issubclass(cls, AbstractAgent):
         _train_planner(name, cls, arguments[1:])
         return
@@ -167,26 +167,20 @@ def _planners() -> dict[str, type]:
 def _train_planner(name: str, cls: type, arguments: list[str]) -> None:
     from eqgen import planning
     from eqgen.algorithms.planner import DiffusionPlanner
-    from eqgen.data import formats
-    from eqgen.data.planning import WindowSettings, family_of
+    from eqgen.sessions import ExperimentError
 
     on_data = cls is DiffusionPlanner
     options, default = _planner_options(cls, on_data, arguments)
     chosen = _parse(options, f"train {name}", arguments)
     out = chosen.out or Path("runs", f"{name}-{(chosen.data if on_data else chosen.planner).stem}")
     if on_data:
-        family = chosen.family or family_of(formats.load(chosen.data)[1].name)
-        windows = WindowSettings.of(family)
-        given = {"horizon": chosen.horizon, "stride": chosen.stride}
-        windows = dataclasses.replace(windows, **{k: v for k, v in given.items() if v is not None})
         seeds = range(chosen.seed_start, chosen.seed_start + chosen.seeds)
-        planning.train(
-            chosen.learner, chosen.data, windows, chosen.settings, seeds=seeds, out=out, env=chosen.env
-        )
+        about = {name: getattr(chosen, name) for name in ("family", "horizon", "stride", "env")}
+        planning.train(chosen.learner, chosen.data, chosen.settings, seeds=seeds, out=out, **about)
         return
     for field in ("planner", "teacher"):
         if getattr(chosen.learner, field, None) != getattr(default, field, None):
-            raise planning.ExperimentError(
+            raise ExperimentError(
                 f"--learner.{field} is what --planner trained, and cannot be changed any more. Leave it out."
             )
     planning.train_on_planner(chosen.learner, chosen.planner, chosen.settings, out=out, data=chosen.data)
@@ -369,9 +363,8 @@ def resume(run: Positional[Path]) -> None:
         run: The run directory.
     """
     from eqgen import experiments, planning
-    from eqgen.runs import Run
 
-    (planning if planning.is_planning(Run.open(run).settings) else experiments).resume(run)
+    (planning if planning.is_planning(run) else experiments).resume(run)
 
 
 def evaluate(
@@ -395,9 +388,8 @@ def evaluate(
     """
     from eqgen import experiments, planning
     from eqgen.guidance import scheme
-    from eqgen.runs import Run
 
-    if planning.is_planning(Run.open(run).settings):
+    if planning.is_planning(run):
         try:
             chosen = None if guidance is None else scheme(guidance)
         except ValueError as error:
@@ -413,7 +405,8 @@ def evaluate(
         results = experiments.evaluate(run, episodes or 20, seed=seed)
     if json is not None:
         write_json(json, results)
-    print("{algorithm} on {env} at step {step}: {policy}".format(**results))
+    step = results["step" if "step" in results else "env_step"]
+    print("{algorithm} on {env} at step {step}: {policy}".format(**{"step": step} | results))
     for result in results["seeds"]:
         returns = result["returns"]
         low, high = min(returns), max(returns)

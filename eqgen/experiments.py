@@ -39,7 +39,7 @@ from eqgen.training import (
 )
 
 
-def algorithms(base: type[AbstractLearner] = AbstractAgent) -> dict[str, type[AbstractLearner]]:
+def algorithms(base: type = AbstractAgent) -> dict[str, type[AbstractLearner]]:
     """The classes in `eqgen.algorithms` that can be used and derive from `base`, by name ("som" for `SOM`)."""
     found = {}
     for info in pkgutil.iter_modules(algorithms_package.__path__):
@@ -51,7 +51,7 @@ def algorithms(base: type[AbstractLearner] = AbstractAgent) -> dict[str, type[Ab
     return found
 
 
-def algorithm(name: str, base: type[AbstractLearner] = AbstractAgent) -> type[AbstractLearner]:
+def algorithm(name: str, base: type = AbstractAgent) -> type[AbstractLearner]:
     """The class of that name."""
     found = algorithms(base)
     if name not in found:

@@ -7,7 +7,7 @@ function of (seed, update) alone, so that an interrupted run goes on exactly.
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -21,6 +21,7 @@ from eqgen.loops import INIT, TRAIN, NonFiniteError, run_key
 from eqgen.tree import filter_fori_loop
 
 
+@runtime_checkable
 class Data(Protocol):
     """A PyTree of arrays on the device with a way to draw batches from it."""
 

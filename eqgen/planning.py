@@ -25,7 +25,7 @@ from eqgen.algorithms.prior_guidance import PriorGuidance
 from eqgen.data import formats
 from eqgen.data.episodes import Episodes
 from eqgen.data.normalizer import Normalizer
-from eqgen.data.planning import PlanningData, Plans, WindowSettings, planning_data
+from eqgen.data.planning import Family, PlanningData, Plans, WindowSettings, family_of, planning_data
 from eqgen.data.windows import Window
 from eqgen.envs import catalog
 from eqgen.envs.base import AbstractEnv
@@ -87,9 +87,9 @@ class PlanningExperiment:
             raise ExperimentError(f"settings.json cannot be used: {error}") from error
 
 
-def is_planning(settings: dict[str, Any]) -> bool:
-    """Whether a run's settings are of a planner."""
-    return "learner" in settings and "windows" in settings
+def is_planning(out: str | Path) -> bool:
+    """Whether there is a run, and it is of a planner."""
+    return Path(out, "settings.json").exists() and "windows" in Run.open(out).settings
 
 
 def environment_of(name: str) -> str:
@@ -117,11 +117,13 @@ def environment_of(name: str) -> str:
 def train(
     learner: DiffusionPlanner,
     data: str | Path,
-    windows: WindowSettings,
     settings: OfflineSettings,
     *,
     seeds: Sequence[int],
     out: str | Path,
+    family: Family | None = None,
+    horizon: int | None = None,
+    stride: int | None = None,
     env: str | None = None,
     verbose: bool = True,
 ) -> Run:
@@ -130,12 +132,15 @@ def train(
     **Arguments:**
 
     - `data`: a file or folder that `eqgen.data.formats` can read.
+    - `family`: whose rules cut the windows; None: as the name of the set says.
+    - `horizon`, `stride`: states of a plan, and steps from one to the next; None: the family's.
     - `env`: where it is to be judged; None: as the name of the set says.
 
     **Raises:** `DataError` about the set, `ExperimentError`, `RunError` and `Interrupted` as
     `eqgen.experiments.train`.
     """
     episodes = formats.load(data)[1]
+    windows = WindowSettings.of(family or family_of(episodes.name), horizon=horizon, stride=stride)
     experiment = PlanningExperiment(
         learner,
         str(data),
@@ -278,7 +283,7 @@ def trained(out: str | Path) -> tuple[PlanningExperiment, PyTree]:
     (`eqgen.training.seed_slice` takes one).
     """
     run = Run.open(out)
-    if not is_planning(run.settings):
+    if not is_planning(out):
         raise ExperimentError(f"{out} is no run of a planner but of {run.settings.get('algorithm')}.")
     experiment = PlanningExperiment.from_json(run.settings)
     env = _make_env(experiment.env)

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -35,6 +35,7 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What a training generator yields."""
 

@@ -189,12 +189,16 @@ def eqgen_commands() -> list[str]:
 
 @pytest.mark.parametrize("line", eqgen_commands())
 def test_commands_parse(line, monkeypatch):
-    from eqgen import cli, experiments
+    from eqgen import cli, experiments, planning
 
+    monkeypatch.setattr(planning, "is_planning", lambda run: "planner" in str(run))
     results = {"algorithm": "", "env": "", "env_step": 0, "policy": "", "seeds": []}
     answers = {"train": None, "resume": None, "evaluate": results, "plot": [], "render": ("", [0.0])}
     for name, answer in answers.items():
         monkeypatch.setattr(experiments, name, lambda *args, _answer=answer, **kwargs: _answer)
+    for name in ("train", "train_on_planner", "resume", "evaluate"):
+        answer = answers.get(name)
+        monkeypatch.setattr(planning, name, lambda *args, _answer=answer, **kwargs: _answer)
     assert cli.main(shlex.split(line, comments=True)[1:]) == 0
 
 

@@ -59,12 +59,10 @@ class WindowSettings:
             )
 
     @classmethod
-    def of(cls, family: Family) -> "WindowSettings":
-        """The reference's, by family."""
-        horizon, stride = {"maze2d": (32, 15), "antmaze": (40, 25), "kitchen": (32, 4), "mujoco": (4, 1)}[
-            family
-        ]
-        return cls(family, horizon, stride)
+    def of(cls, family: Family, *, horizon: int | None = None, stride: int | None = None) -> "WindowSettings":
+        """The reference's, by family, but for what is given."""
+        usual = {"maze2d": (32, 15), "antmaze": (40, 25), "kitchen": (32, 4), "mujoco": (4, 1)}[family]
+        return cls(family, horizon or usual[0], stride or usual[1])
 
 
 class Plans(eqx.Module):

@@ -5,9 +5,9 @@
     ... umaze-cpu --seed 0 --sweeps                                   alpha, divergences, families, candidates
 
 Per seed: a diffusion planner, Prior Guidance on it (the released code's settings, the corrected ones), the planner
-distilled into a MeanFlow planner, Prior Guidance on that. Each is judged by 100 episodes from the same first states.
-Run directories are made below `runs/prior_guidance`; what was interrupted goes on, and what is done is not done
-again.
+distilled into a MeanFlow planner, Prior Guidance on that. Each is judged by 100 episodes from the same first
+states. Run directories are made below `runs/prior_guidance`; what was interrupted goes on, and what is done is not
+done again.
 
 The seeds reported are 0 and up. Sizes and numbers of updates were tried on seed 100; weights of CG and CFG are
 defaults that nobody tuned.
@@ -24,7 +24,6 @@ from eqgen.algorithms.meanflow_planner import MeanFlowPlanner
 from eqgen.algorithms.planner import DiffusionPlanner
 from eqgen.algorithms.prior_guidance import PriorGuidance
 from eqgen.data import d4rl
-from eqgen.data.planning import WindowSettings
 from eqgen.files import replacing
 from eqgen.guidance import scheme
 from eqgen.offline import OfflineSettings
@@ -122,8 +121,9 @@ def run(name: str, seed: int, *, sweeps: bool = False, folder: Path = RUNS, resu
 
     def need(run: str) -> None:
         if run == "planner":
-            windows = WindowSettings("maze2d", study.horizon, 15)
-            trained(runs / run, planning.train, study.planner, data, windows, loop, seeds=(seed,))
+            trained(
+                runs / run, planning.train, study.planner, data, loop, seeds=(seed,), horizon=study.horizon
+            )
         else:
             below, learner = learners[run]
             need(below)
