@@ -47,10 +47,6 @@ def test_trajectories_are_those_of_gymnasium(name, parity):
     row = parity.trajectories(name)
     assert row["steps_within"] >= parity.required(name) and row["terminations_equal"]
     assert row["obs_error"][0] < 1e-12
-    if name.startswith(
-        "InvertedPendulum"
-    ):  # random actions fell it, so that both rewards and ends were compared
-        assert row["required"] == 100
 
 
 @pytest.mark.slow
