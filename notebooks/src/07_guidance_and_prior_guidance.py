@@ -600,6 +600,9 @@ plt.show()
 # $\alpha=10$ has 121, its mean 149. (None of these 30 episodes happens to start at the goal; of D4RL's starts,
 # one in seven does.)
 #
+# Scores are on D4RL's scale, since the environment is D4RL's; the set is ours and the return latched, so none of
+# them is to be held against D4RL's tables.
+#
 # This is one seed, a planner of a few thousand updates, 30 episodes; on another seed or a longer-trained planner
 # the good $\alpha$ may be another. Times were taken on a machine with other work; their ratios are what to read.
 #
