@@ -1,6 +1,8 @@
 """What every test runs under: the CPU, no implicit rank promotion, checks of the shapes in signatures."""
 
+import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,19 @@ def pytest_configure(config):
         from jaxtyping import install_import_hook
 
         install_import_hook("eqgen", "helpers.typechecked")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_let_go():
+    """XLA keeps all that a process compiled. After hundreds of programs a worker was killed while it stored one, so
+    a large worker forgets them between files; what they need again comes from the cache on disk."""
+    yield
+    statm = Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 2e9:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

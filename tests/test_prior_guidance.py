@@ -339,4 +339,4 @@ def test_presets():
     assert paper == PriorGuidance() and (paper.num_train_steps, paper.planner.num_steps) == (5, 20)
     assert corrected.num_train_steps is None and corrected.squash is None and corrected.planner.debias
     assert corrected.resized("cpu").planner.solver == "dpm_solver_pp_2m"
-    assert corrected.resized("cpu").planner.width == DiffusionPlanner.sizes["cpu"]["width"]
+    assert corrected.resized("cpu").planner.width == type(corrected.planner).sizes["cpu"]["width"]
