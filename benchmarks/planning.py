@@ -69,7 +69,7 @@ def eager_ms(policy: PlannerPolicy, repeats: int = 3) -> float:
 
 
 def main() -> None:
-    results = {}
+    results, gflops, begun = {}, gemm_gflops(), provenance()
     for size in HORIZON:
         made = planners(size)
         for name, text in rows(size):
@@ -84,7 +84,7 @@ def main() -> None:
                 row["eager_over_compiled"] = float(f"{row['eager_ms'] / row['1']['best_wall_ms']:.3g}")
             results[f"{size}: {name} {text}"] = row
             print(f"{size}: {name} {text}", row, flush=True)
-    write("planning", {"rows": results, "gemm_gflops": gemm_gflops(), "provenance": provenance()})
+            write("planning", {"rows": results, "gemm_gflops": gflops, "provenance": begun})
 
 
 if __name__ == "__main__":
