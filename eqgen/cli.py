@@ -130,12 +130,11 @@ def train(arguments: list[str]) -> None:
     from eqgen import experiments
     from eqgen.algorithms.base import AbstractAgent, AbstractLearner
 
-    known = experiments.algorithms() | _planners()
     if not arguments or arguments[0].startswith("-"):
         print("usage: eqgen train ALGORITHM --env ENV [--out RUN] [...]     (agents)")
         print("       eqgen train ALGORITHM --data FILE [--out RUN] [...]   (diffusion-planner)")
         print("       eqgen train ALGORITHM --planner RUN [--out RUN] [...] (on top of a trained planner)")
-        print(f"\nalgorithms: {', '.join(known)}\n")
+        print(f"\nalgorithms: {', '.join(experiments.algorithms() | _planners())}\n")
         print("`eqgen train ALGORITHM --help` lists all options; `eqgen list` the environments.")
         if not {"-h", "--help"} & set(arguments):
             raise experiments.ExperimentError("train needs an algorithm first.")
@@ -394,15 +393,15 @@ def evaluate(
             chosen = None if guidance is None else scheme(guidance)
         except ValueError as error:
             raise experiments.ExperimentError(str(error)) from error
-        results = planning.evaluate(
-            run, episodes or 100, guidance=chosen, replan_every=replan_every or 1, seed=seed
-        )
+        given = {"episodes": episodes, "guidance": chosen, "replan_every": replan_every}
+        given = {name: value for name, value in given.items() if value is not None}
+        results = planning.evaluate(run, seed=seed, **given)
     elif guidance is not None or replan_every is not None:
         raise experiments.ExperimentError(
             "--guidance and --replan-every are for planners; this run is of an agent."
         )
     else:
-        results = experiments.evaluate(run, episodes or 20, seed=seed)
+        results = experiments.evaluate(run, 20 if episodes is None else episodes, seed=seed)
     if json is not None:
         write_json(json, results)
     step = results["step" if "step" in results else "env_step"]

@@ -317,6 +317,8 @@ def evaluate(
     step = int(np.max(jax.tree.leaves(states.step)))
     env, learner = _make_env(experiment.env), experiment.learner
     guidance = guidance or learner.guidance
+    if episodes < 1:
+        raise ExperimentError(f"episodes is {episodes}; at least one is needed.")
     if not 1 <= replan_every <= experiment.windows.stride:
         raise ExperimentError(
             f"replan_every is {replan_every}; a plan's second state is {experiment.windows.stride} steps away, so "

@@ -191,6 +191,20 @@ def test_plans_end_where_their_second_state_is(planner):
         planning.evaluate(planner.path, 1, replan_every=16)
 
 
+def test_nought_is_refused_and_not_taken_for_a_default(planner, data, tmp_path, capsys):
+    for flags in (["--episodes", "0"], ["--replan-every", "0"]):
+        assert cli.main(["evaluate", str(planner.path), *flags]) == 2
+        assert " is 0" in capsys.readouterr().err
+    for flags in (["--horizon", "0"], ["--stride", "0"]):
+        assert (
+            cli.main(
+                ["train", "diffusion-planner", "--data", str(data), "--out", str(tmp_path / "x"), *flags]
+            )
+            == 2
+        )
+        assert " 0" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [

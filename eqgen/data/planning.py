@@ -62,7 +62,7 @@ class WindowSettings:
     def of(cls, family: Family, *, horizon: int | None = None, stride: int | None = None) -> "WindowSettings":
         """The reference's, by family, but for what is given."""
         usual = {"maze2d": (32, 15), "antmaze": (40, 25), "kitchen": (32, 4), "mujoco": (4, 1)}[family]
-        return cls(family, horizon or usual[0], stride or usual[1])
+        return cls(family, usual[0] if horizon is None else horizon, usual[1] if stride is None else stride)
 
 
 class Plans(eqx.Module):
