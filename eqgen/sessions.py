@@ -86,7 +86,8 @@ def drive(
                 step, records = progress.step, progress.records
                 for record in records:
                     record["wall_time"] += metadata.get("wall_time", 0.0)
-                _check_finite(step, records, parameters(progress.state))
+                when = f"{'environment step' if run.clock == 'env_step' else run.clock} {step}"
+                _check_finite(when, records, parameters(progress.state))
                 for sink in sinks:
                     sink.log(records)
                 beside, line = summary(records)
@@ -153,21 +154,19 @@ def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _check_finite(step, records, parameters):
+def _check_finite(when, records, parameters):
     """What generators do not check themselves: evaluation results, and the parameters about to be saved."""
     for record in records:
         for name, value in record.items():
             if not all(math.isfinite(x) for x in np.ravel(value) if isinstance(x, float)):
-                raise NonFiniteError(f"The metric {name} of seed {record['seed']} is {value} at step {step}.")
+                raise NonFiniteError(f"The metric {name} of seed {record['seed']} is {value} at {when}.")
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(parameters, eqx.is_inexact_array))
     finite = _finite_by_seed([leaf for _, leaf in leaves])
     for (path, _), good in zip(leaves, np.asarray(finite)):
         if not good.all():
             seed = records[int(np.argmin(good))]["seed"]
             name = jax.tree_util.keystr(path)
-            raise NonFiniteError(
-                f"The array {name} of seed {seed} has NaN or infinite entries at step {step}."
-            )
+            raise NonFiniteError(f"The array {name} of seed {seed} has NaN or infinite entries at {when}.")
 
 
 @jax.jit

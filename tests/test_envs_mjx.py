@@ -47,6 +47,8 @@ def test_trajectories_are_those_of_gymnasium(name, parity):
     row = parity.trajectories(name)
     assert row["steps_within"] >= parity.required(name) and row["terminations_equal"]
     assert row["obs_error"][0] < 1e-12
+    # Random actions fell the pole, so that both rewards and ends were compared.
+    assert not name.startswith("InvertedPendulum") or parity.required(name) == 100
 
 
 @pytest.mark.slow

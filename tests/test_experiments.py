@@ -215,7 +215,7 @@ def spoil_parameters(progress):
 def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, spoil, what):
     monkeypatch.setattr(experiments, "train_online", at_step(40, spoil))
     with pytest.raises(
-        ExperimentError, match=f"{what} at (environment )?step 40.*The checkpoint of step 20 is kept"
+        ExperimentError, match=f"{what} at environment step 40.*The checkpoint of step 20 is kept"
     ):
         train(tmp_path / "x")
     run = Run.open(tmp_path / "x")
