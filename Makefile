@@ -3,7 +3,7 @@
 #   make test WORKERS=1             processes that share the test files; each takes 2 GB
 
 PYTHON ?= python3
-EXTRAS := notebooks,figures,log,dev
+EXTRAS := notebooks,figures,images,log,dev
 
 VENV := .venv
 BIN := $(VENV)/bin

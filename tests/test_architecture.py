@@ -19,7 +19,7 @@ LAYERS = [
     {"schedules"},
     {"parameterizations"},
     {"samplers", "ode", "scores", "meanflow", "losses", "exploration", "networks."},
-    {"envs.", "timesteps.", "guidance"},
+    {"envs.", "timesteps.", "guidance", "metrics"},
     {"data."},
     {"algorithms."},
     {"checkpoint", "evaluation", "loops"},
@@ -53,7 +53,9 @@ WEIGHTY_MODULES = {
     "planning",
     "cli",
 }
-HEAVY = "diffrax gymnax gymnasium mujoco flax brax matplotlib PIL imageio h5py pandas tqdm tyro".split()
+HEAVY = (
+    "diffrax gymnax gymnasium mujoco flax brax matplotlib PIL imageio h5py pandas sklearn tqdm tyro".split()
+)
 
 MODULES = {
     info.name.removeprefix("eqgen."): Path(info.module_finder.path, f"{info.name.split('.')[-1]}.py")

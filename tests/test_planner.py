@@ -12,7 +12,8 @@ import optax
 import pytest
 from jaxtyping import TypeCheckError
 
-from eqgen.algorithms.planner import DiffusionPlanner, Trained
+from eqgen.algorithms.base import Trained, averaging_rate
+from eqgen.algorithms.planner import DiffusionPlanner
 from eqgen.data.normalizer import Normalizer
 from eqgen.data.planning import PlannerBatch
 from eqgen.guidance import CFG, CG
@@ -65,10 +66,17 @@ def test_the_decoder_ends_at_t_min_on_both_grids():
 # --- The loss of plans ---
 
 
+def plan_loss(planner, denoiser, states, label, weight, *, key):
+    """The planner's loss at times of its own."""
+    t_key, key = jr.split(key)
+    draw = planner.sampler_of_times.sample(None, len(states), key=t_key)
+    return planner.plan_loss(denoiser, (states, label, weight), draw, key=key)[0]
+
+
 def test_the_loss_of_a_network_that_returns_zero_leaves_row_0_out():
     """T4: E eps^2 over all rows but the first, averaged over all: (H - 1) / H."""
     planner, batch = tiny(), windows(jr.key(1), 4096)
-    loss = jax.jit(partial(planner.plan_loss, lambda x, t: jnp.zeros_like(x)))
+    loss = jax.jit(partial(plan_loss, planner, lambda x, t: jnp.zeros_like(x)))
     value = loss(batch.states, batch.label, batch.weight, key=jr.key(2))
     # eps^2 has variance 2: 4 standard errors of the mean of 4096 * 28 of them.
     assert float(value) == pytest.approx((HORIZON - 1) / HORIZON, abs=4 * (2 / (4096 * 28)) ** 0.5)
@@ -84,13 +92,13 @@ def test_the_prediction_of_row_0_has_no_gradient_and_the_input_there_is_clean():
         def denoiser(x, t):
             return x + shift
 
-        return planner.plan_loss(denoiser, batch.states, batch.label, batch.weight, key=jr.key(2))
+        return plan_loss(planner, denoiser, batch.states, batch.label, batch.weight, key=jr.key(2))
 
     grad = gradient(jnp.zeros((HORIZON, OBS)))
     assert not np.any(grad[0]) and np.all(grad[1:] != 0)
 
     seen = lambda x, t: jnp.where(jnp.any(jnp.all(x[:1] == batch.states[:, 0], axis=1)), x, jnp.nan)
-    loss = jax.jit(partial(planner.plan_loss, seen))
+    loss = jax.jit(partial(plan_loss, planner, seen))
     assert np.isfinite(loss(batch.states, batch.label, batch.weight, key=jr.key(2)))
 
 
@@ -99,7 +107,7 @@ def test_weights_of_windows_and_of_the_first_step():
     batch = windows(jr.key(1), 64)
     zero = lambda x, t: jnp.zeros_like(x)
     loss = lambda weight, **fields: float(
-        jax.jit(partial(tiny(**fields).plan_loss, zero))(batch.states, batch.label, weight, key=jr.key(2))
+        jax.jit(partial(plan_loss, tiny(**fields), zero))(batch.states, batch.label, weight, key=jr.key(2))
     )
     plain = loss(batch.weight)
     assert loss(0.25 * batch.weight) == pytest.approx(0.25 * plain, rel=1e-5)
@@ -111,8 +119,8 @@ def test_labels_are_dropped_at_the_rate_that_is_asked():
     batch = windows(jr.key(1), 4096)
     # A denoiser that adds how often it sees a label: the noise has mean 0, so kept^2 = kept is what it adds.
     denoiser = lambda x, t, label, kept: jnp.zeros_like(x) + kept
-    loss = jax.jit(partial(tiny(conditional=True).plan_loss, denoiser))
-    none = jax.jit(partial(tiny().plan_loss, lambda x, t: jnp.zeros_like(x)))
+    loss = jax.jit(partial(plan_loss, tiny(conditional=True), denoiser))
+    none = jax.jit(partial(plan_loss, tiny(), lambda x, t: jnp.zeros_like(x)))
     args = dict(states=batch.states, label=batch.label, weight=batch.weight, key=jr.key(2))
     share = (loss(**args) - none(**args)) * HORIZON / (HORIZON - 1)
     assert float(share) == pytest.approx(0.75, abs=0.04)  # 4 standard errors of 4096 drops
@@ -178,10 +186,9 @@ def test_averages():
     weighted by d^(n - k)."""
     decay, n = 0.9, 12
     for debias in (False, True):
-        planner = DiffusionPlanner(debias=debias)
         part = Trained.begin(Number(jnp.zeros(())), optax.sgd(1.0))
         for step in range(n):
-            rate = planner.averaging_rate(decay, jnp.asarray(step))
+            rate = averaging_rate(decay, jnp.asarray(step), debias=debias)
             # The gradient is -1 everywhere: every step adds 1.
             part, _ = part.step(optax.sgd(1.0), lambda number: -number.x, rate=rate)
         assert float(part.online.x) == n

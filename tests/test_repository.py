@@ -38,7 +38,7 @@ REQUIREMENTS = [
     *PROJECT["dependencies"],
     *(
         line
-        for extra in ("notebooks", "figures", "log", "dev")
+        for extra in ("notebooks", "figures", "images", "log", "dev")
         for line in PROJECT["optional-dependencies"][extra]
     ),
 ]

@@ -7,12 +7,15 @@ each algorithm file writes out in full. Keys are arguments, never part of a stat
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 import equinox as eqx
+import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike
 
+from eqgen.tree import polyak, tree_copy
 from eqgen.types import Metrics, Transition
 
 
@@ -101,3 +104,44 @@ def gradient_step(
     """The model after one step of the optimiser, and the optimiser's next state."""
     updates, opt_state = optimizer.update(grads, opt_state, eqx.filter(model, eqx.is_inexact_array))
     return eqx.apply_updates(model, updates), opt_state
+
+
+class Trained(eqx.Module):
+    """A network, its moving average (None where nobody wants it), and its optimiser's state."""
+
+    online: Any
+    average: Any
+    opt_state: optax.OptState
+
+    @classmethod
+    def begin(cls, network: Any, optimizer: optax.GradientTransformation, *, averaged: bool = True) -> Self:
+        """Before the first step."""
+        average = tree_copy(network) if averaged else None
+        return cls(network, average, optimizer.init(eqx.filter(network, eqx.is_inexact_array)))
+
+    def step(
+        self,
+        optimizer: optax.GradientTransformation,
+        loss: Callable[..., Any],
+        *args: Any,
+        rate: ScalarLike,
+        has_aux: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Self, Any]:
+        """One step on `loss(network, *args, **kwargs)`, and what it returned; `rate` is the average's."""
+        value_and_grad = eqx.filter_value_and_grad(loss, has_aux=has_aux)
+        value, grads = value_and_grad(self.online, *args, **kwargs)
+        online, opt_state = gradient_step(optimizer, self.online, self.opt_state, grads)
+        average = None if self.average is None else polyak(self.average, online, rate)
+        return type(self)(online, average, opt_state), value
+
+
+def averaging_rate(decay: float, step: Int[Array, ""], *, debias: bool) -> ScalarLike:
+    """The share of the online network that update number `step`, from 0, brings into its average.
+
+    1 - d keeps d^n of the beginning after n updates. With `debias` it is (1 - d) / (1 - d^n), which makes the
+    average the weighted mean of the n networks so far, weights d^(n - k), and forgets the beginning.
+    """
+    if not debias:
+        return 1 - decay
+    return (1 - decay) / -jnp.expm1((step + 1) * jnp.log(decay))

@@ -29,8 +29,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key, Scalar
 
 from eqgen import meanflow, samplers
-from eqgen.algorithms.base import AbstractLearner, Size
-from eqgen.algorithms.planner import Action, DiffusionPlanner, PlannerState, States, Trained
+from eqgen.algorithms.base import AbstractLearner, Size, Trained, averaging_rate
+from eqgen.algorithms.planner import Action, DiffusionPlanner, PlannerState, States
 from eqgen.data.normalizer import Normalizer
 from eqgen.guidance import AbstractGuidance, AbstractPlanner, Obs, Plan, Unconditional
 from eqgen.networks.temporal import MeanVelocityDiT1D
@@ -191,7 +191,7 @@ class MeanFlowPlanner(AbstractLearner, AbstractPlanner):
     def update(self, state, batch, *, key):
         """One update on windows in the units of the environment, of which only the states are used."""
         states = state.normalizer(batch.states)
-        rate = self.teacher.averaging_rate(self.average, state.step)
+        rate = averaging_rate(self.average, state.step, debias=self.teacher.debias)
         mean_velocity, (loss, metrics) = state.mean_velocity.step(
             self.optimizer, self.flow_loss, state.teacher, states, key=key, rate=rate, has_aux=True
         )

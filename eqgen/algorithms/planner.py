@@ -26,7 +26,7 @@ Differs from the released code in:
 """
 
 import dataclasses
-from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Self
 
 import equinox as eqx
@@ -34,9 +34,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Float, Int, Key, ScalarLike
+from jaxtyping import Array, Float, Int, Key, PyTree, Scalar
 
-from eqgen.algorithms.base import AbstractLearner, gradient_step
+from eqgen.algorithms.base import AbstractLearner, Trained, averaging_rate
 from eqgen.data.normalizer import Normalizer
 from eqgen.data.planning import PlannerBatch
 from eqgen.data.windows import Window
@@ -57,7 +57,10 @@ from eqgen.networks.temporal import DiT1D, HorizonCritic
 from eqgen.networks.unet import HalfUNet1D, UNet1D
 from eqgen.samplers import ddpm, log_snr_grid, uniform_grid
 from eqgen.schedules import AbstractNoiseSchedule, VPCosine, VPLinear
-from eqgen.tree import filter_cond, polyak, shared, tree_copy
+from eqgen.timesteps.base import AbstractTimestepSampler, Draw
+from eqgen.timesteps.heuristics import StaticTimesteps
+from eqgen.timesteps.times import ContinuousTimes
+from eqgen.tree import filter_cond, shared
 from eqgen.types import Transition
 
 
@@ -65,40 +68,11 @@ States, Labels = Float[Array, "batch horizon obs"], Float[Array, " batch"]
 Action = Float[Array, " act"]
 
 
-class Trained(eqx.Module):
-    """A network, its moving average (None where nobody wants it), and its optimiser's state."""
-
-    online: Any
-    average: Any
-    opt_state: optax.OptState
-
-    @classmethod
-    def begin(cls, network: Any, optimizer: optax.GradientTransformation, *, averaged: bool = True) -> Self:
-        """Before the first step."""
-        average = tree_copy(network) if averaged else None
-        return cls(network, average, optimizer.init(eqx.filter(network, eqx.is_inexact_array)))
-
-    def step(
-        self,
-        optimizer: optax.GradientTransformation,
-        loss: Callable[..., Any],
-        *args: Any,
-        rate: ScalarLike,
-        has_aux: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Self, Any]:
-        """One step on `loss(network, *args, **kwargs)`, and what it returned; `rate` is the average's."""
-        value_and_grad = eqx.filter_value_and_grad(loss, has_aux=has_aux)
-        value, grads = value_and_grad(self.online, *args, **kwargs)
-        online, opt_state = gradient_step(optimizer, self.online, self.opt_state, grads)
-        average = None if self.average is None else polyak(self.average, online, rate)
-        return type(self)(online, average, opt_state), value
-
-
 class PlannerState(eqx.Module):
     """Everything that evolves, and the shapes and units of what is planned."""
 
     denoiser: Trained
+    timesteps: PyTree
     critic: Trained
     classifier: Trained | None
     inverse_dynamics: Trained
@@ -124,6 +98,9 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
     """Whether the denoiser is given labels, which `CFG` needs."""
     label_dropout: float = 0.25
     """Share of labels that training leaves out [3P]."""
+    timesteps: AbstractTimestepSampler | None = None
+    """Which times the denoiser is trained at, and with what weight (`eqgen.timesteps`); its times are
+    `ContinuousTimes(schedule, t_min)`. None: uniform in [t_min, 1] [C]."""
     first_step_weight: float = 1.0
     """Weight of the plan's second state, the one acted on, in the loss: 1 [C]; 10 in Decision Diffuser [3P]."""
     # Decoding
@@ -209,6 +186,12 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
         for name in ("average", "action_average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"DiffusionPlanner({name}={getattr(self, name)}) must lie in [0, 1).")
+        ours, given = self.sampler_of_times.times, ContinuousTimes(self.schedule, self.t_min)
+        if not isinstance(ours, ContinuousTimes) or dataclasses.replace(ours, resolution=100) != given:
+            raise ValueError(
+                f"DiffusionPlanner(timesteps=...): its times are {ours}; the planner's are ContinuousTimes of its "
+                f"schedule {self.schedule} from t_min={self.t_min} to 1."
+            )
 
     @classmethod
     def profiles(cls) -> dict[str, Self]:
@@ -307,22 +290,34 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
 
     # --- Losses ---
 
+    @property
+    def sampler_of_times(self) -> AbstractTimestepSampler:
+        """`timesteps`, or the uniform sampler that None stands for."""
+        if self.timesteps is not None:
+            return self.timesteps
+        return StaticTimesteps(ContinuousTimes(self.schedule, self.t_min))
+
+    def plan_objective(
+        self, denoiser: Any, example: tuple[Plan, Scalar, Scalar], t: Scalar, key: Key[Array, ""]
+    ) -> Scalar:
+        """w_b mean W_h (1 - M_h) (eps_theta(x_t, t) - eps)^2 for (states, label, w_b), x_t with its row 0 clean;
+        row 0 counts as a 0."""
+        eps_key, drop_key = jr.split(key)
+        x_0, label, weight = example
+        eps = jr.normal(eps_key, x_0.shape)
+        x_t = self.schedule.perturb(x_0, eps, t).at[0].set(x_0[0])
+        kept = jr.bernoulli(drop_key, 1 - self.label_dropout).astype(x_0.dtype)
+        predicted = denoiser(x_t, t, label, kept) if self.conditional else denoiser(x_t, t)
+        row_weight = jnp.ones((len(x_0), 1)).at[0].set(0).at[1].set(self.first_step_weight)
+        return weight * jnp.mean(row_weight * (predicted - eps) ** 2)
+
     def plan_loss(
-        self, denoiser: Any, states: States, label: Labels, weight: Labels, *, key: Key[Array, ""]
-    ) -> Float[Array, ""]:
-        """mean w_b W_h (1 - M_h) (eps_theta(x_t, t) - eps)^2, x_t with its row 0 clean; row 0 counts as a 0."""
-        t_key, eps_key, drop_key = jr.split(key, 3)
-        t = jr.uniform(t_key, (len(states),), minval=self.t_min, maxval=1.0)
-        eps = jr.normal(eps_key, states.shape)
-        kept = jr.bernoulli(drop_key, 1 - self.label_dropout, label.shape).astype(label.dtype)
-
-        def one(x_0, label, weight, t, eps, kept):
-            x_t = self.schedule.perturb(x_0, eps, t).at[0].set(x_0[0])
-            predicted = denoiser(x_t, t, label, kept) if self.conditional else denoiser(x_t, t)
-            row_weight = jnp.ones((len(x_0), 1)).at[0].set(0).at[1].set(self.first_step_weight)
-            return weight * jnp.mean(row_weight * (predicted - eps) ** 2)
-
-        return jnp.mean(jax.vmap(one)(states, label, weight, t, eps, kept))
+        self, denoiser: Any, examples: tuple[States, Labels, Labels], draw: Draw, *, key: Key[Array, ""]
+    ) -> tuple[Scalar, Labels]:
+        """The mean of `plan_objective` at the times of `draw`, times its weights, and the objectives."""
+        keys = jr.split(key, len(draw.t))
+        losses = jax.vmap(partial(self.plan_objective, denoiser))(examples, draw.t, keys)
+        return jnp.mean(draw.weight * losses), losses
 
     def critic_loss(self, critic: HorizonCritic, states: States, label: Labels) -> Float[Array, ""]:
         """(C(tau) - v)^2: v is the return of the data, nothing is bootstrapped."""
@@ -388,27 +383,30 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
         """The inverse dynamics'."""
         return optax.adamw(self.cosine(self.action_learning_rate), weight_decay=self.action_weight_decay)
 
-    def averaging_rate(self, decay: float, step: Int[Array, ""]) -> ScalarLike:
-        """The share of the online network that update number `step`, from 0, brings into its average.
-
-        1 - d keeps d^n of the beginning after n updates. With `debias` it is (1 - d) / (1 - d^n), which makes the
-        average the weighted mean of the n networks so far, weights d^(n - k), and forgets the beginning.
-        """
-        if not self.debias:
-            return 1 - decay
-        return (1 - decay) / -jnp.expm1((step + 1) * jnp.log(decay))
-
     def update(self, state, batch, *, key):
         """One update of every part. `batch`: windows in the units of the environment, or a `PlannerBatch`."""
         batch = batch if isinstance(batch, PlannerBatch) else PlannerBatch(batch, batch)
         plan_key, classifier_key, action_key = jr.split(key, 3)
         states, label = state.normalizer(batch.plans.states), batch.plans.label
-        slow = self.averaging_rate(self.average, state.step)
+        slow = averaging_rate(self.average, state.step, debias=self.debias)
 
-        denoiser, loss = state.denoiser.step(
-            self.optimizer, self.plan_loss, states, label, batch.plans.weight, key=plan_key, rate=slow
+        t_key, noise_key, look_key = jr.split(plan_key, 3)
+        sampler, examples = self.sampler_of_times, (states, label, batch.plans.weight)
+        draw = sampler.sample(state.timesteps, len(states), x=examples, key=t_key)
+        denoiser, (loss, losses) = state.denoiser.step(
+            self.optimizer, self.plan_loss, examples, draw, key=noise_key, rate=slow, has_aux=True
         )
-        metrics = {"plan/loss": loss}
+        timesteps = sampler.update(
+            state.timesteps,
+            draw,
+            losses,
+            before=state.denoiser.online,
+            after=denoiser.online,
+            x=examples,
+            objective=self.plan_objective,
+            key=look_key,
+        )
+        metrics = {"plan/loss": loss} | sampler.metrics(timesteps)
         critic, metrics["critic/loss"] = self.update_critic(state, batch, states)
         classifier = state.classifier
         if classifier is not None:
@@ -421,11 +419,12 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
             state.normalizer(batch.actions.states[:, :2]),
             batch.actions.actions[:, 0],
             key=action_key,
-            rate=self.averaging_rate(self.action_average, state.step),
+            rate=averaging_rate(self.action_average, state.step, debias=self.debias),
         )
         state = dataclasses.replace(
             state,
             denoiser=denoiser,
+            timesteps=timesteps,
             critic=critic,
             classifier=classifier,
             inverse_dynamics=inverse_dynamics,
@@ -461,7 +460,7 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
     def init(self, example, *, key, normalizer: Normalizer | None = None):
         """A fresh state. `example` is one `Window`; `normalizer` that of the data, by default none."""
         (horizon, obs_size), action_size = example.states.shape, example.actions.shape[-1]
-        keys = jr.split(key, 4)
+        keys = jr.split(key, 5)
         if self.network == "dit":
             denoiser = DiT1D(
                 obs_size, self.width, self.depth, self.num_heads, conditional=self.conditional, key=keys[0]
@@ -479,7 +478,13 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
         else:
             inverse_dynamics = ActionDenoiser(action_size, sizes, self.action_hidden, key=keys[3])
         return self.from_networks(
-            example, denoiser, critic, inverse_dynamics, classifier=classifier, normalizer=normalizer
+            example,
+            denoiser,
+            critic,
+            inverse_dynamics,
+            classifier=classifier,
+            normalizer=normalizer,
+            key=keys[4],
         )
 
     def from_networks(
@@ -491,10 +496,12 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
         *,
         classifier: Any = None,
         normalizer: Normalizer | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> PlannerState:
         """A fresh state around networks of your own: `denoiser(x, t)` (if `conditional`, with a label and whether
         it is kept), `critic(plan)` or `critic(obs)`, `inverse_dynamics(action, level, obs, target)` or, as an MLP,
-        `(obs, target)`, and `classifier(x, t)`.
+        `(obs, target)`, and `classifier(x, t)`. `key` is for the network of a timestep
+        sampler, where that has one.
 
         **Raises:** `ValueError` when the example is no window of at least two vectors.
         """
@@ -504,8 +511,11 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
                 "takes one window, two or more vectors of each: (horizon, obs) and (horizon, act)."
             )
         horizon, obs_size = example.states.shape
+        seen = (example.states, example.label, example.weight)
+        timesteps_key = jr.key(0) if key is None else key
         return PlannerState(
             denoiser=Trained.begin(denoiser, self.optimizer),
+            timesteps=self.sampler_of_times.init(seen, key=timesteps_key),
             critic=Trained.begin(critic, self.critic_optimizer, averaged=self.plan_value != "critic"),
             classifier=None if classifier is None else Trained.begin(classifier, self.classifier_optimizer),
             inverse_dynamics=Trained.begin(inverse_dynamics, self.action_optimizer),

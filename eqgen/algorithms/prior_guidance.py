@@ -41,8 +41,8 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from eqgen.algorithms.base import AbstractLearner, Size
-from eqgen.algorithms.planner import Action, DiffusionPlanner, Trained
+from eqgen.algorithms.base import AbstractLearner, Size, Trained
+from eqgen.algorithms.planner import Action, DiffusionPlanner
 from eqgen.data.normalizer import Normalizer
 from eqgen.guidance import AbstractGuidance, AbstractPlanner, Latent, Obs, Plan, Prior
 from eqgen.networks.priors import FlowPrior, GaussianPrior, MixturePrior

@@ -36,6 +36,16 @@ class SharedPolicy(eqx.Module):
         return self.raw
 
 
+class OfFirst(eqx.Module):
+    """A network on the first entry of a tuple: of an example without its condition."""
+
+    network: PyTree
+
+    def __call__(self, x: tuple[PyTree, ...]) -> Float[Array, " out"]:
+        """`x` is a tuple such as (data, label)."""
+        return self.network(x[0])
+
+
 class VectorPolicy(eqx.Module):
     """An MLP on the example, flattened."""
 

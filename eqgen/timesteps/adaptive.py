@@ -75,7 +75,13 @@ import optax
 from jax.scipy.special import betainc
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from eqgen.networks.timestep_policies import ImagePolicy, SharedPolicy, TrajectoryPolicy, VectorPolicy
+from eqgen.networks.timestep_policies import (
+    ImagePolicy,
+    OfFirst,
+    SharedPolicy,
+    TrajectoryPolicy,
+    VectorPolicy,
+)
 from eqgen.timesteps.base import AbstractTimestepSampler, Draw, Objective, look_or_keep, required
 from eqgen.timesteps.beta import beta_entropy, beta_log_prob, bounded
 from eqgen.timesteps.heuristics import swept_cells
@@ -232,10 +238,12 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
         outputs = 2 * len(self.times.cells)
         if self.policy == "shared":
             return self.from_network(SharedPolicy(outputs))
+        if isinstance(example, tuple):
+            return self.from_network(OfFirst(self.init(example[0], key=key).policy))
         if not eqx.is_array_like(example):
             raise ValueError(
-                f'policy="{self.policy}" is sized by one example: pass init(x[0], key=key), one array. For '
-                'anything else use policy="shared" or from_network.'
+                f'policy="{self.policy}" is sized by one example: pass init(x[0], key=key), an array or a tuple '
+                'that begins with one. For anything else use policy="shared" or from_network.'
             )
         ranks = {"vector": None, "trajectory": 2, "image": 3, "image_flat": 3}
         by_rank = {0: "vector", 1: "vector", 2: "trajectory", 3: "image"}
@@ -256,7 +264,8 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
     def from_network(self, network: PyTree) -> AdaptiveState:
         """The state with a network of one's own: one `x` (any PyTree) to two numbers for each coordinate.
 
-        For a conditional model `x` may be a tuple of data and condition.
+        For a conditional model `x` may be a tuple of data and condition, which the network is given as it is; the
+        built-in ones look at the data.
         """
         swept = len(self.swept)
         # Distinct arrays throughout, so that the state can be donated.
@@ -303,6 +312,9 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
             looking = partial(self._look, objective=objective)
             state = look_or_keep(look, state.step, self.period, looking, state, draw, before, after, x, key)
         return dataclasses.replace(state, step=state.step + 1)
+
+    def metrics(self, state: AdaptiveState) -> Metrics:
+        return state.metrics
 
     def probabilities(self, state: AdaptiveState, x: PyTree = None) -> Float[Array, " cells"]:
         n = 1 if x is None else jax.tree.leaves(x)[0].shape[0]

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from eqgen.timesteps.times import AbstractTimes
 from eqgen.tree import filter_cond, filter_scan, shared
+from eqgen.types import Metrics
 
 
 Objective = Callable[[PyTree, PyTree, Array, Key[Array, ""]], Float[Array, ""]]
@@ -90,6 +91,10 @@ class AbstractTimestepSampler(eqx.Module):
         - `key`: for the noise of a look.
         - `look`: whether this step looks. None: once every `period` calls, starting with the first.
         """
+
+    def metrics(self, state: PyTree) -> Metrics:
+        """Scalars to log; none for samplers that do not learn."""
+        return {}
 
     @abstractmethod
     def probabilities(self, state: PyTree, x: PyTree = None) -> Float[Array, " cells"]:

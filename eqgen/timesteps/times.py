@@ -22,7 +22,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Scalar, ScalarLike, Shaped
 
 from eqgen.schedules import AbstractNoiseSchedule, LinearFlow
 
@@ -30,8 +30,11 @@ from eqgen.schedules import AbstractNoiseSchedule, LinearFlow
 class AbstractTimes(eqx.Module):
     """A set of times, its cells, and the map from the unit cube to it.
 
-    All methods are elementwise: a batch of `n` draws is `[n]`, or `[n, 2]` for pairs.
+    All methods are elementwise: a batch of `n` draws is `[n]`, or `[n, 2]` for pairs. `schedule` has the levels
+    over time in [0, 1].
     """
+
+    schedule: eqx.AbstractVar[AbstractNoiseSchedule]
 
     @property
     @abstractmethod
@@ -54,6 +57,10 @@ class AbstractTimes(eqx.Module):
     @abstractmethod
     def cell(self, t: Shaped[Array, "*t"]) -> Int[Array, "*_cell"]:
         """The index of the cell that a time lies in."""
+
+    @abstractmethod
+    def time(self, t: Shaped[Array, "*t"]) -> Float[Array, "*_level"]:
+        """The time on `schedule` (the later one of a pair)."""
 
     @abstractmethod
     def alpha(self, t: Shaped[Array, "*t"]) -> Float[Array, "*_level"]:
@@ -118,6 +125,38 @@ def _chain_tables(num_steps: int, betas: Betas, beta_range: tuple[float, float],
     return ChainTables(beta, alpha_bar, variance)
 
 
+class ChainSchedule(AbstractNoiseSchedule):
+    """The levels of a chain as a schedule: its step k is the time (k + 1) / T, and time 0 is the data.
+
+    Between the steps it stands still, so it has no derivatives. `chain` is a `DiffusionChain`.
+    """
+
+    chain: "DiffusionChain"
+
+    def alpha(self, t: ScalarLike) -> Scalar:
+        return _look_up(np.sqrt(np.append(1.0, self.chain.tables.alpha_bar)), self._level(t))
+
+    def sigma(self, t: ScalarLike) -> Scalar:
+        return _look_up(np.sqrt(np.append(0.0, 1 - self.chain.tables.alpha_bar)), self._level(t))
+
+    def time_of_log_snr(self, log_snr: ScalarLike) -> Scalar:
+        """The time of the step whose log-SNR is nearest."""
+        alpha_bar = self.chain.tables.alpha_bar
+        steps = jnp.asarray(np.log(alpha_bar) - np.log1p(-alpha_bar), jnp.result_type(float))
+        return (jnp.argmin(jnp.abs(steps - log_snr)) + 1) / self.chain.num_steps
+
+    def d_alpha(self, t: ScalarLike) -> Scalar:
+        raise ValueError(
+            "A chain of steps has no derivative in t: choose ContinuousTimes, or 'eps', 'x0', 'v'."
+        )
+
+    def d_sigma(self, t: ScalarLike) -> Scalar:
+        return self.d_alpha(t)
+
+    def _level(self, t):
+        return jnp.round(jnp.asarray(t) * self.chain.num_steps).astype(jnp.int32)
+
+
 class DiffusionChain(AbstractTimes):
     """The steps t = 0, ..., T-1 of a DDPM: x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps (Ho et al., 2020).
 
@@ -158,6 +197,11 @@ class DiffusionChain(AbstractTimes):
         return _chain_tables(self.num_steps, self.betas, self.beta_range, self.cosine_offset)
 
     @property
+    def schedule(self) -> ChainSchedule:
+        """The levels over [0, 1], what the samplers of `eqgen.samplers` take."""
+        return ChainSchedule(self)
+
+    @property
     def cells(self) -> tuple[int, ...]:
         return (self.num_steps,)
 
@@ -177,6 +221,9 @@ class DiffusionChain(AbstractTimes):
 
     def cell(self, t: Int[Array, "*n"]) -> Int[Array, "*n"]:
         return t
+
+    def time(self, t: Int[Array, "*n"]) -> Float[Array, "*n"]:
+        return (t + 1) / self.num_steps
 
     def alpha(self, t: Int[Array, "*n"]) -> Float[Array, "*n"]:
         return _look_up(np.sqrt(self.tables.alpha_bar), t)
@@ -246,6 +293,9 @@ class ContinuousTimes(AbstractTimes):
     def cell(self, t: Float[Array, "*n"]) -> Int[Array, "*n"]:
         return _index(self.to_unit(t), self.resolution)
 
+    def time(self, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
+        return t
+
     def alpha(self, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
         return _each(self.schedule.alpha, t)
 
@@ -302,6 +352,9 @@ class FlowIntervals(AbstractTimes):
         later = _index((t - self.low) / (self.high - self.low), self.resolution[0])
         gap = jnp.where(r == t, 0, 1 + _index(r / t, self.resolution[1] - 1))
         return later * self.resolution[1] + gap
+
+    def time(self, t: Float[Array, "*n 2"]) -> Float[Array, "*n"]:
+        return t[..., 1]
 
     def alpha(self, t: Float[Array, "*n 2"]) -> Float[Array, "*n"]:
         return _each(self.schedule.alpha, t[..., 1])

@@ -1,0 +1,85 @@
+"""What a timestep sampler adds to a training step, beside the cost model's forward passes.
+
+    python benchmarks/timesteps.py         measures, prints a table, writes benchmarks/results/timesteps.json
+
+A diffusion model of 8x8 images with T = 1000 in batches of 128, as an MLP (in which everything besides the network
+shows) and as a U-Net (in which nothing should). Times are of 120 updates in one compiled loop, three periods of the
+default sampler, all samplers in turn and the whole round three times. The cost model counts the forward passes of
+looks over those of training, 2 (T' + |S| m) / (3 B f_S), a backward pass as two (specification of the adaptive
+sampler, section 9); the policy's own passes are not in it.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+
+from eqgen.algorithms.diffusion import Diffusion
+from eqgen.data.examples import ExampleData, Examples
+from eqgen.provenance import provenance
+from eqgen.timesteps.adaptive import AdaptiveTimesteps
+from eqgen.timesteps.heuristics import SecondMomentTimesteps, StaticTimesteps
+from eqgen.timesteps.times import DiffusionChain
+from eqgen.tree import filter_fori_loop
+from measure import timed, write
+
+
+CHAIN = DiffusionChain(1000)
+BATCH, UPDATES, ROUNDS = 128, 120, 3
+SAMPLERS = {
+    "uniform": StaticTimesteps(CHAIN),
+    "second moment": SecondMomentTimesteps(CHAIN),
+    "adaptive, one law": AdaptiveTimesteps(CHAIN, policy="shared"),
+    "adaptive": AdaptiveTimesteps(CHAIN),
+    "adaptive, sweep of 100": AdaptiveTimesteps(CHAIN, sweep=100),
+    "adaptive, sweep of 100, reward of 64": AdaptiveTimesteps(CHAIN, sweep=100, reward_batch=64),
+    "adaptive, same, every 20": AdaptiveTimesteps(CHAIN, sweep=100, reward_batch=64, look_every=20),
+}
+NETWORKS = {
+    "mlp": Diffusion(network="mlp").resized("cpu"),
+    "unet": dataclasses.replace(Diffusion(network="unet").resized("cpu"), width=16),
+}
+
+
+def loop(learner: Diffusion, data: ExampleData):
+    """A call that trains for `UPDATES` updates."""
+    state = learner.init(Examples(data.examples().x[0]), key=jr.key(0))
+
+    @eqx.filter_jit
+    def train(state, data):
+        def body(i, state):
+            sample_key, update_key = jr.split(jr.fold_in(jr.key(1), i))
+            return learner.update(state, data.sample(BATCH, key=sample_key), key=update_key)[0]
+
+        return filter_fori_loop(0, UPDATES, body, state)
+
+    return lambda: train(state, data)
+
+
+def measure(network: str) -> dict[str, dict[str, float]]:
+    """By sampler: ms per update, ratios to uniform's, and the cost model's ratio."""
+    data = ExampleData(jr.randint(jr.key(2), (1500, 1, 8, 8), 0, 17).astype(jnp.uint8), levels=17)
+    learners = {
+        name: dataclasses.replace(NETWORKS[network], timesteps=sampler) for name, sampler in SAMPLERS.items()
+    }
+    calls = {name: loop(learner, data) for name, learner in learners.items()}
+    rounds = [{name: timed(call, 3, calls=UPDATES) for name, call in calls.items()} for _ in range(ROUNDS)]
+    rows = {}
+    for name, learner in learners.items():
+        best = {key: min(each[name][key] for each in rounds) for key in ("cpu_ms", "best_wall_ms")}
+        cost = learner.timesteps.relative_cost(BATCH) if "adaptive" in name else 0.0
+        rows[name] = best | {"model": round(1 + cost, 4)}
+    for key in ("cpu_ms", "best_wall_ms"):
+        for row in rows.values():
+            row[f"{key} / uniform"] = round(row[key] / rows["uniform"][key], 3)
+    return rows
+
+
+if __name__ == "__main__":
+    content = {"provenance": provenance(), "batch": BATCH, "num_steps": CHAIN.num_steps, "rows": {}}
+    for network in NETWORKS:
+        content["rows"][network] = measure(network)
+        for name, row in content["rows"][network].items():
+            print(f"{network:5} {name:38} " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
+    write("timesteps", content)
