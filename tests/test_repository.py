@@ -105,7 +105,8 @@ def test_citation_file_is_complete():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors", "license", "references"} <= citation.keys()
     assert citation["license"] == PROJECT["license"] == "MIT"
-    cited = {arxiv_id(path.read_text()) for path in ALGORITHMS}
+    sources = [*ALGORITHMS, ROOT / "eqgen" / "timesteps" / "adaptive.py"]
+    cited = {arxiv_id(path.read_text()) for path in sources}
     assert {arxiv_id(reference["url"]) for reference in citation["references"]} == cited
     assert (ROOT / "LICENSE").read_text().startswith("MIT License\n")
 

@@ -1,6 +1,6 @@
 """A diffusion model of points, trajectories or images, alone or by class, and trained at times of any law.
 
-Ho, Jain, Abbeel 2020, "Denoising diffusion probabilistic models", arXiv 2006.11239: the chain, its variational
+Ho, Jain, Abbeel, "Denoising diffusion probabilistic models", arXiv 2006.11239 (2020): the chain, its variational
 bound, and a network that predicts the noise, trained on the unweighted error. What the network predicts is a field
 (the noise, the clean example, v, the score, the velocity of flow matching), and so are the times it is trained at
 and their weight (`eqgen.timesteps`), which is what the adaptive sampler of Kim et al. 2024 (arXiv 2411.09998)
