@@ -118,7 +118,8 @@ def _use_compilation_cache() -> None:
 
 def _parse(options: Callable[..., Any], command: str, arguments: list[str]) -> Any:
     """Calls a function, or makes a dataclass, of the arguments."""
-    config = (tyro.conf.HelptextFromCommentsOff,)
+    # Of what may be a module or None the flags are those of its default: a module is chosen by its profile.
+    config = (tyro.conf.HelptextFromCommentsOff, tyro.conf.AvoidSubcommands)
     return tyro.cli(options, prog=f"eqgen {command}", args=arguments, config=config)
 
 

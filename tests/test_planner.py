@@ -19,6 +19,10 @@ from eqgen.data.planning import PlannerBatch
 from eqgen.guidance import CFG, CG
 from eqgen.samplers import uniform_grid
 from eqgen.schedules import VPCosine, VPLinear
+from eqgen.timesteps.adaptive import AdaptiveTimesteps
+from eqgen.timesteps.heuristics import StaticTimesteps
+from eqgen.timesteps.times import ContinuousTimes, DiffusionChain
+from eqgen.timesteps.weightings import BoundWeight
 from eqgen.tree import filter_scan
 from eqgen.types import Transition
 from helpers import assert_trees_close, filled, random_windows
@@ -113,6 +117,27 @@ def test_weights_of_windows_and_of_the_first_step():
     assert loss(0.25 * batch.weight) == pytest.approx(0.25 * plain, rel=1e-5)
     row_1 = loss(batch.weight, first_step_weight=1.0) - loss(batch.weight, first_step_weight=0.0)
     assert loss(batch.weight, first_step_weight=10.0) == pytest.approx(plain + 9 * row_1, rel=1e-4)
+
+
+def test_timesteps_are_uniform_unless_another_sampler_is_named():
+    plain = tiny()
+    times = ContinuousTimes(plain.schedule, plain.t_min)
+    assert plain.sampler_of_times == StaticTimesteps(times)
+    adaptive = AdaptiveTimesteps(times, reward=BoundWeight(), look_every=2, sweep=5)
+    planner = tiny(timesteps=adaptive, inverse_dynamics="mlp")
+    state = state_of(planner)
+    update = jax.jit(lambda state, key: planner.update(state, windows(key, 8), key=key))
+    for key in jr.split(jr.key(1)):
+        state, metrics = update(state, key)
+    assert np.isfinite(metrics["plan/loss"]) and metrics["timesteps/a"] > 0
+    assert int(state.timesteps.step) == 2 and int(state.timesteps.size) == 1
+    assert np.any(state.timesteps.queue != 0)
+
+
+def test_timesteps_of_another_schedule_are_refused():
+    for times in (ContinuousTimes(VPLinear(0.1, 10.0)), ContinuousTimes(VPLinear(), 0.1), DiffusionChain(10)):
+        with pytest.raises(ValueError, match="the planner's are ContinuousTimes of its schedule"):
+            tiny(timesteps=StaticTimesteps(times))
 
 
 def test_labels_are_dropped_at_the_rate_that_is_asked():
