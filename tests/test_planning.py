@@ -1,6 +1,8 @@
 """Planners on disk: sets, runs, what is learned on top, and how they are judged."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -125,6 +127,38 @@ def test_priors_on_a_distilled_planner(planner, tmp_path):
     planning.train_on_planner(learner, tmp_path / "flow", SETTINGS, out=tmp_path / "prior", verbose=False)
     results = planning.evaluate(tmp_path / "prior", 2, replan_every=15)
     assert [len(result["returns"]) for result in results["seeds"]] == [2, 2]
+
+
+# --- What was recorded ---
+
+RESULTS = Path(__file__).parent.parent / "paper_figures" / "prior_guidance" / "results"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_recorded_priors_beat_what_they_are_learned_on(seed):
+    """T21, on the committed results of umaze: the share of 100 episodes that reach the goal."""
+    rows = json.loads((RESULTS / f"umaze-cpu_seed{seed}.json").read_text())["rows"]
+
+    def success(name):
+        (outcome,) = rows[f"{name} 5"]["seeds"]
+        return np.mean([step is not None for step in outcome["steps_to_goal"]])
+
+    assert success("planner unconditional") <= 0.4 and success("pg-corrected prior") >= 0.9
+    assert success("planner unconditional") < success("planner zero") <= success("pg-corrected prior")
+    assert success("pg-corrected prior") >= success("planner mcss:50")
+
+
+def test_recorded_priors_leave_further_the_less_that_costs():
+    """T21: the divergence in the end falls with alpha, its weight."""
+    runs = json.loads((RESULTS / "umaze-cpu_seed0_sweeps.json").read_text())["runs"]
+    ends = {
+        float(name.removeprefix("pg-alpha-")): run["records"][-1]["prior/divergence"]
+        for name, run in runs.items()
+        if name.startswith("pg-alpha-")
+    }
+    assert len(ends) == 6
+    by_alpha = [ends[alpha] for alpha in sorted(ends)]
+    assert all(a > b for a, b in zip(by_alpha, by_alpha[1:]))
 
 
 # --- Judging ---

@@ -115,7 +115,7 @@ STUDIES = {
     for betas in ("linear", "cosine", "quad")
 } | {
     "digits-linear-ablation": Study("digits", "linear", ABLATIONS),
-    "smoke": Study(
+    "ring-smoke": Study(
         "ring",
         "linear",
         {"uniform": StaticTimesteps, "adaptive": lambda chain: AdaptiveTimesteps(chain, look_every=2)},
