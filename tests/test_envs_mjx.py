@@ -40,6 +40,10 @@ SMALL = ("InvertedPendulum-v5",)
 ALL = [f"{name}-v{version}" for name, task in TASKS.items() for version in task.versions]
 
 
+# Pusher's 50 episodes take hours on a CPU; its trajectories are compared as all others'.
+MEASURED = [name for name in ALL if name.endswith("v5") and name != "Pusher-v5"]
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in SMALL else [pytest.mark.slow]) for name in ALL]
 )
@@ -58,10 +62,10 @@ def test_the_humanoid_agrees_with_gymnasium_when_both_use_newtons_method(parity)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ALL if name.endswith("v5")])
+@pytest.mark.parametrize("name", MEASURED)
 def test_returns_of_a_policy_have_the_same_law(name, parity):
     row = parity.distribution(name)
-    # Ten tasks: at this level one of them is refused by chance in one of a hundred runs.
+    # Nine tasks: at this level one of them is refused by chance in one of a hundred runs.
     assert row["ks_p"] > 0.001
 
 
