@@ -143,6 +143,10 @@ def train(arguments: list[str]) -> None:
     name = arguments[0]
     cls = experiments.algorithm(name, AbstractLearner)
     if not issubclass(cls, AbstractAgent):
+        if name not in _planners():
+            raise experiments.ExperimentError(
+                f"{name} is trained from Python, with eqgen.offline.train_offline; here are agents and planners."
+            )
         _train_planner(name, cls, arguments[1:])
         return
     chosen = _parse(_train_options(cls, arguments[1:]), f"train {name}", arguments[1:])

@@ -281,3 +281,8 @@ def test_compilation_cache_is_in_the_user_folder_and_can_be_chosen(tmp_path, mon
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     cli._use_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+def test_what_is_trained_from_python_only_says_so(capsys):
+    assert cli.main(["train", "diffusion", "--data", "x"]) == 2
+    assert "diffusion is trained from Python" in capsys.readouterr().err
