@@ -35,15 +35,19 @@ def draw(out: Path = HERE / "ablation") -> list[Path]:
     with plotting.style():
         fig, ax = plotting.subplots(1, 1, width=plotting.COLUMN_WIDTH, aspect=1.1)
         ax.axvline(1, color="0.6", linewidth=0.8)
-        for row, name in enumerate(ROWS):
-            run = read("digits-linear" if name == "adaptive" else "digits-linear-ablation", name)
+        runs = {
+            name: read("digits-linear" if name == "adaptive" else "digits-linear-ablation", name)
+            for name in ROWS
+        }
+        runs = {name: run for name, run in runs.items() if run is not None}
+        for row, run in enumerate(runs.values()):
             for shift, marker, per_pass in ((-0.15, "o", False), (0.15, "s", True)):
                 mean, low, high = interval(speedups(run, uniform, per_pass=per_pass))
                 look = dict(color=plotting.COLORS[int(per_pass)], markersize=3.5, linewidth=1)
                 label = ("forward passes" if per_pass else "updates") if row == 0 else None
                 error = np.array([[mean - low], [high - mean]])
                 ax.errorbar(mean, row + shift, xerr=error, fmt=marker, label=label, **look)
-        ax.set_yticks(range(len(ROWS)), list(ROWS.values()))
+        ax.set_yticks(range(len(runs)), [ROWS[name] for name in runs])
         ax.invert_yaxis()
         ax.set(xlabel="times fewer than uniform's")
         ax.legend(loc="lower right")

@@ -23,23 +23,25 @@ LEAST = -0.5
 def draw(out: Path = HERE / "samplers") -> list[Path]:
     """Writes the figure as PDF and PNG."""
     names = [name for name in LABELS if name != "uniform"]
+    present = [data for data in DATA if read(f"{data}-linear", "uniform") is not None]
     with plotting.style():
         fig, axes = plotting.subplots(1, 3, width=plotting.TEXT_WIDTH, aspect=1.25, sharey=True)
         for ax, betas in zip(axes, ("linear", "cosine", "quad")):
             ax.axvline(0, color="0.6", linewidth=0.8)
             metric = "bound_but_last" if betas == "cosine" else "bound"
-            for number, (data, label) in enumerate(DATA.items()):
+            for number, data in enumerate(present):
+                shift = 0.22 * (number - (len(present) - 1) / 2)
                 rows, points = [], []
                 for row, name in enumerate(names):
                     run, uniform = read(f"{data}-{betas}", name), read(f"{data}-{betas}", "uniform")
                     if run is not None and uniform is not None:
-                        rows.append(row + 0.22 * (number - 1))
+                        rows.append(row + shift)
                         points.append(interval(uniform[metric][-1] - run[metric][-1]))
                 if not points:
                     continue
                 mean, low, high = np.array(points).T
                 inside = mean > LEAST
-                look = dict(color=plotting.COLORS[number], markersize=3.5, linewidth=1, label=label)
+                look = dict(color=plotting.COLORS[number], markersize=3.5, linewidth=1, label=DATA[data])
                 rows = np.array(rows)
                 errors = (mean - low)[inside], (high - mean)[inside]
                 ax.errorbar(mean[inside], rows[inside], xerr=errors, fmt="o", **look)
@@ -50,10 +52,10 @@ def draw(out: Path = HERE / "samplers") -> list[Path]:
                     color=plotting.COLORS[number],
                     markersize=4,
                 )
-            ax.set(title=betas, xlim=(LEAST - 0.05, 0.3), xlabel="bits per dimension gained")
+            ax.set(title=betas, xlim=(LEAST - 0.05, 0.4), xlabel="bits per dimension gained")
         axes[0].set_yticks(range(len(names)), [LABELS[name] for name in names])
         axes[0].invert_yaxis()
-        axes[0].legend(loc="lower left")
+        axes[1].legend(loc="upper right")
         return plotting.save(fig, out)
 
 
