@@ -36,7 +36,7 @@ def draw(out: Path = HERE / "bounds") -> list[Path]:
                 )
         axes[0].set(ylabel="bound, bits per dimension", xlabel="thousand updates", ylim=(5.4, 6.8))
         axes[1].set(xlabel="thousand forward passes")
-        axes[2].set(xlabel="seconds (one seed, two cores)")
+        axes[2].set(xlabel="seconds (one seed, one core)")
         axes[2].legend(loc="upper right")
         return plotting.save(fig, out)
 
