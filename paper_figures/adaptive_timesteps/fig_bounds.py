@@ -24,7 +24,9 @@ def draw(out: Path = HERE / "bounds") -> list[Path]:
     """Writes the figure as PDF and PNG."""
     timed = json.loads(BENCHMARK.read_text())["rows"]["mlp"]
     with plotting.style():
-        fig, axes = plotting.subplots(1, 3, width=plotting.TEXT_WIDTH, aspect=0.85, sharey=True)
+        fig, axes = plotting.subplots(
+            1, 3, width=plotting.TEXT_WIDTH, aspect=0.95, sharey=True, layout="constrained"
+        )
         for color, sampler in zip(plotting.COLORS, SHOWN):
             run = read("digits-linear", sampler)
             seconds = timed[TIMED.get(sampler, "uniform")]["best_wall_ms"] / 1e3
@@ -34,10 +36,11 @@ def draw(out: Path = HERE / "bounds") -> list[Path]:
                 plotting.learning_curve(
                     ax, scale * run["steps"][1:], run["bound"][1:].T, label=LABELS[sampler], **look
                 )
-        axes[0].set(ylabel="bound, bits per dimension", xlabel="thousand updates", ylim=(5.4, 6.8))
+        axes[0].set(ylabel="bound, bits per dimension", xlabel="thousand updates", ylim=(5.15, 6.8))
         axes[1].set(xlabel="thousand forward passes")
         axes[2].set(xlabel="seconds (one seed, one core)")
-        axes[2].legend(loc="upper right")
+        lines, labels = axes[0].get_legend_handles_labels()
+        fig.legend(lines, labels, loc="outside upper center", ncols=len(labels), columnspacing=1.2)
         return plotting.save(fig, out)
 
 
