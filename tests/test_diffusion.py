@@ -184,6 +184,8 @@ def test_each_step_takes_its_turn_through_the_examples():
     expected = [weights[k] * jnp.mean(jax.vmap(lambda i, k=k: error(k, i))(rows[k])) for k in range(20)]
     np.testing.assert_allclose(part.terms, jnp.stack(expected), rtol=1e-5)
     assert part.decoder == whole.decoder
+    both = jax.tree.map(lambda *x: jnp.stack(x), whole, part)  # as `vmap` over seeds returns them
+    np.testing.assert_allclose(both.total(), [whole.total(), part.total()], rtol=1e-6)
 
 
 TINY = dict(hidden=(16,), learning_rate=1e-2, average=0.9, total_updates=7)

@@ -68,10 +68,11 @@ class Bound(NamedTuple):
     prior: Float[Array, ""]
     """KL(q(x at the last step | x_0) || N(0, I))."""
 
-    def total(self, *, last: bool = True) -> Float[Array, ""]:
+    def total(self, *, last: bool = True) -> Float[Array, "*seeds"]:
         """decoder + terms of the steps from 1 on + prior; without the last step's term if `last` is False, which on
         the cosine schedule has weight 500 and drowns the others."""
-        return self.decoder + jnp.sum(self.terms[1:] if last else self.terms[1:-1]) + self.prior
+        end = None if last else -1
+        return self.decoder + jnp.sum(self.terms[..., 1:end], axis=-1) + self.prior
 
 
 class Diffusion(AbstractLearner):

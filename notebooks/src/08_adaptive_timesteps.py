@@ -612,10 +612,10 @@ for ax, (name, row) in zip(axes, rows.items()):
 plt.show()
 
 # %% [markdown]
-# In a column of samples the noise is the same, and so is the digit; the adaptive sampler's are a little cleaner
-# now and then. Distances by seed: 42 and 41 against uniform's 45 and 43, all far from the floor of 5, as models
-# of 6000 updates are. And the order is another one: the log-normal law, last by the bound, is first here together
-# with SpeeD. Which sampler is best depends on the judge.
+# In a column of samples the noise is the same, and so is the digit; which of the two rows is the better one, the
+# eye does not tell. Distances by seed: 42 and 41 against uniform's 45 and 43, all far from the floor of 5, as
+# models of 6000 updates are. And the order is another one: the log-normal law, last by the bound, is first here
+# together with SpeeD. Which sampler is best depends on the judge.
 #
 # ## 7. Elsewhere
 #
