@@ -94,7 +94,9 @@ def test_environment_keeps_its_contract(name, getkey):
     np.testing.assert_array_equal(obs[1:], next_obs[:-1])
     done = np.asarray(timestep.terminated | timestep.truncated)
     np.testing.assert_array_equal(next_obs[~done], timestep.obs[~done])
-    np.testing.assert_array_equal(next_obs[done], fresh[done])
+    # The same reset, compiled in two places, is rounded alike but for Humanoid's long sums of inertias.
+    rounding = 1e-6 if name.startswith("mjx/Humanoid") else 0
+    np.testing.assert_allclose(next_obs[done], fresh[done], rtol=rounding, atol=0)
 
     # The clock starts anew with every episode and truncates exactly at the limit.
     clock, starts = 0, [0, *(np.flatnonzero(done) + 1)]
