@@ -13,7 +13,8 @@ Notation (paper symbol = name here; step k of a chain of T is the time (k + 1) /
 
 Differs from DDPM in:
 - The moving average forgets its beginning at once (`debias`); DDPM's code ramps the decay up, which ends alike.
-- Networks are small and meant for a CPU unless the size is "paper": the sizes of DDPM's for CIFAR-10.
+- Networks are small and meant for a CPU unless the size is "paper": the sizes of DDPM's for CIFAR-10,
+  with 8 groups in the group norm instead of 32, and no dropout by default.
 - Learning rates are constant after the warm-up, as there; nothing anneals them.
 """
 
@@ -88,7 +89,8 @@ class Diffusion(AbstractLearner):
       For "v" only; nothing changes where s = 1.
     - `network`: "auto" by the rank of an example: 1 "mlp", 2 "dit", 3 "unet". An MLP takes any, flattened.
     - `hidden`: of the MLP; `width`, `depth`, `num_heads`: of the transformer; `width`, `multipliers`,
-      `num_blocks`, `attention`, `dropout`: of the U-Net.
+      `num_blocks`, `attention`, `dropout`: of the U-Net of images; that of trajectories has `width` and
+      `multipliers` alone.
     - `num_classes`: 0: labels are ignored. Else batches must have them; a share `label_dropout` is left out.
     - `learning_rate`, `warmup` (updates), `max_grad_norm` (None: no clipping): of Adam.
     - `average`: decay of the moving average, which samples.

@@ -504,8 +504,8 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
     ) -> PlannerState:
         """A fresh state around networks of your own: `denoiser(x, t)` (if `conditional`, with a label and whether
         it is kept), `critic(plan)` or `critic(obs)`, `inverse_dynamics(action, level, obs, target)` or, as an MLP,
-        `(obs, target)`, and `classifier(x, t)`. `key` is for the network of a timestep
-        sampler, where that has one.
+        `(obs, target)`, and `classifier(x, t)`. `key` is for the network of a timestep sampler,
+        where that has one.
 
         **Raises:** `ValueError` when the example is no window of at least two vectors.
         """

@@ -21,7 +21,9 @@ def draw(out: Path = HERE / "variance") -> list[Path]:
     content = json.loads((RESULTS / "variance.json").read_text())
     t = np.array(content["t"])
     with plotting.style():
-        fig, axes = plotting.subplots(2, 3, width=plotting.TEXT_WIDTH, aspect=0.7, sharex=True, sharey="row")
+        fig, axes = plotting.subplots(
+            2, 3, width=plotting.TEXT_WIDTH, aspect=0.7, sharex=True, sharey="row", layout="constrained"
+        )
         for (top, bottom), (betas, rows) in zip(axes.T, content["schedules"].items()):
             for color, (updates, found) in zip(plotting.COLORS, rows["after"].items()):
                 for ax, name in ((top, "variance"), (bottom, "loss")):
@@ -36,7 +38,8 @@ def draw(out: Path = HERE / "variance") -> list[Path]:
             bottom.set(yscale="log", xlabel="$t$")
         axes[0, 0].set_ylabel("gradient variance")
         axes[1, 0].set_ylabel("loss")
-        axes[0, 2].legend(loc="upper right")
+        lines, labels = axes[0, 0].get_legend_handles_labels()
+        fig.legend(lines, labels, loc="outside upper center", ncols=len(labels))
         return plotting.save(fig, out)
 
 
