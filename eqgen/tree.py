@@ -79,16 +79,20 @@ def filter_cond(
     return eqx.combine(out, statics[0])
 
 
-def vmap_in_blocks(fn: Callable[..., PyTree], *args: PyTree, block: int) -> PyTree:
-    """`jax.vmap(fn)(*args)`; on a CPU, `block` examples at a time, so that what a block needs stays in cache.
+def vmap_in_blocks(fn: Callable[..., PyTree], *args: PyTree, rows_each: int) -> PyTree:
+    """`jax.vmap(fn)(*args)`; on a CPU, some examples at a time, so that what they need stays in cache.
 
     A large batch through wide layers is bound by memory on a CPU, where each activation is written out between
     matrix product and activation function. Blocks of about a thousand rows halve its time; smaller ones lose it
     to overhead. Accelerators get the plain `jax.vmap`. Results may differ in the last bits.
+
+    **Arguments:**
+
+    - `rows_each`: how many rows one example sends through a network; with 32 of them a block has 32 examples.
     """
     if jax.default_backend() != "cpu":
         return jax.vmap(fn)(*args)
-    return jax.lax.map(lambda xs: fn(*xs), args, batch_size=block)
+    return jax.lax.map(lambda xs: fn(*xs), args, batch_size=max(1, 1024 // rows_each))
 
 
 @custom_vmap

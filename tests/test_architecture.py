@@ -29,9 +29,9 @@ LAYERS = [
     {"studies", "collection", "planning"},
     {"cli"},
 ]
-# What an algorithm may import of its own package: the base of all, and the planner, since a method such as Prior
+# What an algorithm may import of its own package: the bases, and the planner, since a method such as Prior
 # Guidance is learned on top of a frozen one. That is what it is about, not a helper that it shares with it.
-FOUNDATIONS = {"algorithms.base", "algorithms.planner"}
+FOUNDATIONS = {"algorithms.base", "algorithms.actor_critic", "algorithms.planner"}
 # The modules that are about a heavy package; all others load none.
 WEIGHTY_MODULES = {
     "ode",

@@ -104,7 +104,9 @@ def test_somewhere_is_a_branch_for_all_that_is_mapped_over():
 def test_blocks_change_nothing(getkey, block):
     xs, weights = jr.normal(getkey(), (10, 3)), jr.normal(getkey(), (3, 2))
     fn = lambda x, i: (x @ weights, i + 1)
-    assert_trees_close(vmap_in_blocks(fn, xs, jnp.arange(10), block=block), jax.vmap(fn)(xs, jnp.arange(10)))
+    assert_trees_close(
+        vmap_in_blocks(fn, xs, jnp.arange(10), rows_each=1024 // block), jax.vmap(fn)(xs, jnp.arange(10))
+    )
 
 
 def test_ensemble_members_are_independent_and_equal_separate_ones(getkey):

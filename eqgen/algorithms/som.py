@@ -56,9 +56,6 @@ from eqgen.tree import filter_cond, polyak, shared, tree_copy, vmap_in_blocks
 from eqgen.types import Metrics, Transition
 
 
-_ROWS_PER_BLOCK = 1024  # network evaluations that fit a CPU's cache; see `vmap_in_blocks`
-
-
 Q = Callable[[Float[Array, " obs"], Float[Array, " act"]], Float[Array, ""]]
 Observations, Actions = Float[Array, "batch obs"], Float[Array, "batch act"]
 Times = Float[Array, " batch"]
@@ -234,8 +231,8 @@ class SOM(AbstractAgent):
             return a_0, jax.vmap(jax.value_and_grad(q_s) if gradient else q_s)(a_0)
 
         keys = jr.split(key, t.size)
-        block = max(1, _ROWS_PER_BLOCK // self.num_score_samples)
-        a_0, values = vmap_in_blocks(evaluate, obs, a_t, alpha_t, sigma_t, keys, block=block)
+        rows = (obs, a_t, alpha_t, sigma_t, keys)
+        a_0, values = vmap_in_blocks(evaluate, *rows, rows_each=self.num_score_samples)
         if gradient:
             values, gradients = values
             log_weights, scale = self.log_weights(values)
@@ -414,8 +411,7 @@ class SOM(AbstractAgent):
             return jnp.min(state.target_critics(next_obs, action))
 
         keys = jr.split(key, len(batch.reward))
-        block = max(1, _ROWS_PER_BLOCK // self.num_candidates)
-        next_q = vmap_in_blocks(one, batch.next_obs, keys, block=block)
+        next_q = vmap_in_blocks(one, batch.next_obs, keys, rows_each=self.num_candidates)
         return td_target(batch, next_q, discount=self.discount, reward_scale=self.reward_scale)
 
     def update(self, state, batch, *, key):
