@@ -1,6 +1,7 @@
 """The adaptive timestep sampler: Beta laws, gradients, the look, the choice of S, and how it runs on the device."""
 
 import io
+import math
 import textwrap
 from functools import partial
 
@@ -146,6 +147,19 @@ def test_draws_never_reach_the_ends():
     assert jnp.mean(raw == 1) > 0.1
     assert jnp.all((u >= 1e-6) & (u <= 1 - 1e-6) & (u > 0) & (u < 1))
     assert jnp.mean(u > 0.5) == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_reward_caps_the_last_weight_of_the_cosine_schedule():
+    """c = 500 there; `paper` keeps it, and no weight of the other two schedules comes near the cap."""
+    chain = DiffusionChain(1000, betas="cosine")
+    t, largest = chain.points(), lambda sampler: float(jnp.max(sampler.rewarding(t, chain))) * math.log(2)
+    assert largest(AdaptiveTimesteps.paper(chain)) == pytest.approx(499.5, rel=1e-3)
+    assert largest(AdaptiveTimesteps(chain)) == pytest.approx(100, rel=1e-5)
+    assert (
+        max(DiffusionChain(1000, betas="linear").kl_weights)
+        < 1
+        > max(DiffusionChain(1000, betas="quad").kl_weights)
+    )
 
 
 def test_policy_starts_nearly_uniform():

@@ -50,6 +50,8 @@ tested in a prototype (eps-MLP on 8x8 digits, T = 100):
 | `common_noise`  | an option    | True        | [T] fresh noise [C] hides a drop of 1e-4: pi walks at random    |
 | `deterministic` | False [C]    | True        | [I] dropout is noise in the reward too                          |
 | `uniform_share` | 0            | 0.3         | [T] without it pi can collapse on the cosine schedule           |
+| `reward`        | c_t          | c_t <= 100  | [T] c = 500 in the last step of the cosine schedule is noise    |
+|                 |              |             | above all; at 1 that step is forgotten (`BoundWeight(clip=1)`)  |
 | `ranking`       | "f" [C]      | "r2"        | [I] F = 1 / 0 for a perfectly correlated column                 |
 | `min_rows`      | 2 [C]        | 3           | [C] two rows have no degree of freedom: the last times win      |
 | `reduction`     | "sum" [C]    | "mean" [P]  | a factor |S|, which matters against the entropy alone           |
@@ -117,9 +119,9 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
 
     - `times`: what is drawn from.
     - `weighting`: of the training loss [P: none].
-    - `reward`: what makes the objective a term of the bound. None: `BoundWeight`, for a chain and a network
-      that predicts eps. Pass `BoundWeight(prediction="v")` for another prediction, `BoundWeight(clip=1.0)` against
-      the last step of the cosine schedule [I], and a weighting of one's own for flow matching and the like.
+    - `reward`: what makes the objective a term of the bound. None: `BoundWeight(clip=100.0)`, for a chain and a
+      network that predicts eps. Pass `BoundWeight(clip=100.0, prediction="v")` for another prediction, and a
+      weighting of one's own for flow matching and the like.
     - `policy`: the network of `init`: "shared" (one law for all examples), "vector", "image", "image_flat" (the
       released code's), "trajectory", or "auto", by the rank of an example: 1 vector, 2 trajectory, 3 image.
     - `look_every`: f_S; 40 [C].
@@ -209,6 +211,8 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
             entropy=1e-2,
             shape_range=None,
         )
+        if isinstance(times, DiffusionChain):
+            constants["reward"] = BoundWeight()
         return cls(times, **(constants | fields))
 
     @property
@@ -343,6 +347,11 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
             return log_beta
         return jnp.logaddexp(math.log(1 - self.uniform_share) + log_beta, math.log(self.uniform_share))
 
+    @property
+    def rewarding(self) -> AbstractWeighting:
+        """`reward`, or what None stands for."""
+        return BoundWeight(clip=100.0) if self.reward is None else self.reward
+
     def policy_loss(
         self, policy: PyTree, x: PyTree, u: Float[Array, "n dims"], drops: Float[Array, " n"]
     ) -> Float[Array, ""]:
@@ -452,8 +461,7 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
         return terms(before, key) - terms(after, key if self.common_noise else fresh)
 
     def _term(self, objective, model, x, t, key):
-        reward = BoundWeight() if self.reward is None else self.reward
-        return reward(t[None], self.times)[0] * objective(model, x, t, key)
+        return self.rewarding(t[None], self.times)[0] * objective(model, x, t, key)
 
     def _metric_names(self):
         names = ("a", "b") if len(self.times.cells) == 1 else ("a_t", "b_t", "a_r", "b_r")

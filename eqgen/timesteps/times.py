@@ -94,7 +94,7 @@ class AbstractTimes(eqx.Module):
 # --- Discrete time ---
 
 
-Betas = Literal["linear", "quad", "cosine"]
+Betas = Literal["linear", "quad", "cosine", "vp"]
 
 
 class ChainTables(NamedTuple):
@@ -116,8 +116,12 @@ def _chain_tables(num_steps: int, betas: Betas, beta_range: tuple[float, float],
         case "cosine":
             f = np.cos((np.arange(num_steps + 1) / num_steps + s) / (1 + s) * np.pi / 2) ** 2
             beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
+        case "vp":
+            low, high = (1000 * beta for beta in beta_range)
+            times = np.arange(num_steps + 1) / num_steps
+            beta = -np.expm1(-np.diff(low * times + 0.5 * (high - low) * times**2))
         case _:
-            raise ValueError(f"betas={betas!r} is not supported; choose 'linear', 'quad' or 'cosine'.")
+            raise ValueError(f"betas={betas!r} is not supported; choose 'linear', 'quad', 'cosine' or 'vp'.")
     alpha_bar = np.cumprod(1 - beta)
     before = np.append(1.0, alpha_bar[:-1])
     variance = beta * (1 - before) / (1 - alpha_bar)
@@ -167,9 +171,10 @@ class DiffusionChain(AbstractTimes):
     **Arguments:**
 
     - `num_steps`: T.
-    - `betas`: "linear", "quad" (linear in the root) or "cosine" (Nichol & Dhariwal, 2021).
+    - `betas`: "linear", "quad" (linear in the root), "cosine" (Nichol & Dhariwal, 2021) or "vp", which has the
+      levels of `VPLinear` at the times (t + 1) / T (DACER [C]).
     - `beta_range`: the first and last beta of the first two for T = 1000; scaled by 1000 / T and cut at 0.999
-      for other T [I].
+      for other T [I]. "vp" takes a thousandth of `VPLinear`'s rates.
     - `cosine_offset`: s of the cosine schedule.
     - `variance`: s_t^2, "small": the posterior variance v_t, or "large": beta_t (v_1 at t = 0).
     - `rounding`: how u becomes a step, "round": round(u (T - 1)), as the adaptive sampler's code has it [C], which
@@ -242,9 +247,14 @@ class DiffusionChain(AbstractTimes):
         beta, _, posterior = self.tables
         return posterior if self.variance == "small" else np.append(posterior[1], beta[1:])
 
-    def kl_weight(self, t: Int[Array, "*n"]) -> Float[Array, "*n"]:
+    @property
+    def kl_weights(self) -> np.ndarray:
+        """c_t by step."""
         beta, alpha_bar, _ = self.tables
-        return _look_up(beta**2 / (2 * self.reverse_variance() * (1 - beta) * (1 - alpha_bar)), t)
+        return beta**2 / (2 * self.reverse_variance() * (1 - beta) * (1 - alpha_bar))
+
+    def kl_weight(self, t: Int[Array, "*n"]) -> Float[Array, "*n"]:
+        return _look_up(self.kl_weights, t)
 
 
 def _look_up(table: np.ndarray, t: Int[Array, "*n"]) -> Float[Array, "*n"]:
