@@ -149,17 +149,38 @@ def test_draws_never_reach_the_ends():
     assert jnp.mean(u > 0.5) == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_reward_caps_the_last_weight_of_the_cosine_schedule():
-    """c = 500 there; `paper` keeps it, and no weight of the other two schedules comes near the cap."""
-    chain = DiffusionChain(1000, betas="cosine")
-    t, largest = chain.points(), lambda sampler: float(jnp.max(sampler.rewarding(t, chain))) * math.log(2)
-    assert largest(AdaptiveTimesteps.paper(chain)) == pytest.approx(499.5, rel=1e-3)
-    assert largest(AdaptiveTimesteps(chain)) == pytest.approx(100, rel=1e-5)
-    assert (
-        max(DiffusionChain(1000, betas="linear").kl_weights)
-        < 1
-        > max(DiffusionChain(1000, betas="quad").kl_weights)
-    )
+def test_steps_whose_weight_is_capped_are_drawn_by_the_share():
+    """c = 500 at the last step of the cosine schedule: the share is 500 times as dense there, draws have the
+    law that `probabilities` gives, and the density of the policy gradient integrates to 1."""
+    chain = DiffusionChain(50, betas="cosine")
+    sampler = AdaptiveTimesteps(chain, policy="shared", uniform_share=0.4, shape_range=None)
+    raw = jnp.full(2, jnp.log(jnp.expm1(1 - 1e-5)))  # a = b = 1
+    state = sampler.from_network(eqx.tree_at(lambda p: p.raw, SharedPolicy(2), raw))
+    probabilities = np.asarray(sampler.probabilities(state), float)
+    np.testing.assert_allclose(probabilities.sum(), 1, rtol=1e-5)
+    density = probabilities / np.diff(np.asarray(chain.edges()[0])) - 0.6
+    excess = np.maximum(1, chain.kl_weights)
+    np.testing.assert_allclose(
+        density / density[20], excess / excess[20], rtol=1e-2
+    )  # .6 + .04 in float32, less .6
+    draws = sampler.sample(state, 100_000, key=jr.key(5))
+    counts = np.bincount(draws.t, minlength=50)
+    assert stats.chisquare(counts, 1e5 * probabilities / probabilities.sum()).pvalue > 1e-3
+
+    one, middles = jnp.ones(1), jnp.asarray((np.arange(10_000) + 0.5) / 10_000, jnp.float32)
+    density = jax.vmap(lambda u: jnp.exp(sampler.log_prob(one, one, u[None])))(middles)
+    assert float(jnp.mean(density)) == pytest.approx(
+        1, abs=5e-3
+    )  # a hundred points lie in the last step's cell
+
+
+def test_the_cap_leaves_what_lies_below_it():
+    cosine = DiffusionChain(1000, betas="cosine")
+    largest = lambda sampler: float(jnp.max(sampler.rewarding(cosine.points(), cosine))) * math.log(2)
+    assert largest(AdaptiveTimesteps.paper(cosine)) == pytest.approx(499.5, rel=1e-3)
+    assert largest(AdaptiveTimesteps(cosine)) == pytest.approx(1, rel=1e-5)
+    for betas in ("linear", "quad"):
+        assert max(DiffusionChain(1000, betas=betas).kl_weights) < 1
 
 
 def test_policy_starts_nearly_uniform():

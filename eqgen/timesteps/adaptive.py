@@ -50,8 +50,8 @@ tested in a prototype (eps-MLP on 8x8 digits, T = 100):
 | `common_noise`  | an option    | True        | [T] fresh noise [C] hides a drop of 1e-4: pi walks at random    |
 | `deterministic` | False [C]    | True        | [I] dropout is noise in the reward too                          |
 | `uniform_share` | 0            | 0.3         | [T] without it pi can collapse on the cosine schedule           |
-| `reward`        | c_t          | c_t <= 100  | [T] c = 500 in the last step of the cosine schedule is noise    |
-|                 |              |             | above all; at 1 that step is forgotten (`BoundWeight(clip=1)`)  |
+| `reward`        | c_t          | min(c_t, 1) | [T] c = 500 in the last step of the cosine schedule is most of  |
+|                 |              |             | the reward, and noise; that step gets its draws from the share  |
 | `ranking`       | "f" [C]      | "r2"        | [I] F = 1 / 0 for a perfectly correlated column                 |
 | `min_rows`      | 2 [C]        | 3           | [C] two rows have no degree of freedom: the last times win      |
 | `reduction`     | "sum" [C]    | "mean" [P]  | a factor |S|, which matters against the entropy alone           |
@@ -119,8 +119,8 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
 
     - `times`: what is drawn from.
     - `weighting`: of the training loss [P: none].
-    - `reward`: what makes the objective a term of the bound. None: `BoundWeight(clip=100.0)`, for a chain and a
-      network that predicts eps. Pass `BoundWeight(clip=100.0, prediction="v")` for another prediction, and a
+    - `reward`: what makes the objective a term of the bound. None: `BoundWeight(clip=1.0)`, for a chain and a
+      network that predicts eps. Pass `BoundWeight(clip=1.0, prediction="v")` for another prediction, and a
       weighting of one's own for flow matching and the like.
     - `policy`: the network of `init`: "shared" (one law for all examples), "vector", "image", "image_flat" (the
       released code's), "trajectory", or "auto", by the rank of an example: 1 vector, 2 trajectory, 3 image.
@@ -137,6 +137,8 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
     - `common_noise`: whether the drop is measured with the same noise before and after the step.
     - `deterministic`: whether the model is put in inference mode to measure the reward.
     - `uniform_share`: with this probability u is uniform; the policy gradient is that of the mixture.
+      Steps whose c_t the reward's `clip` cuts are c_t / clip times as dense in it: what pi is not told of, it need
+      not learn to draw [T].
     - `ranking`: how S is chosen: "r2", the squared correlation of a time's drops with their sum over all
       times; "f", the F statistic of the same.
     - `min_rows`: rows that the queue must have before S is chosen; until then S is the first times.
@@ -293,7 +295,7 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
         u = jr.beta(beta_key, a, b)
         if self.uniform_share > 0:
             mixed = jr.bernoulli(mix_key, self.uniform_share, (n, 1))
-            u = jnp.where(mixed, jr.uniform(uniform_key, u.shape), u)
+            u = jnp.where(mixed, self._shared_points(n, uniform_key), u)
         u = jnp.clip(u, SMALLEST, 1 - SMALLEST)
         t = self.times.from_unit(u)
         return Draw(t, self.weighting(t, self.times), u)
@@ -326,6 +328,8 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
         edges = self.times.edges()
         cdfs = tuple(betainc(a[:, d, None], b[:, d, None], edge[None, :]) for d, edge in enumerate(edges))
         uniform = self.times.masses(edges)
+        if (excess := self._excess) is not None:
+            uniform = uniform * excess
         learned = jnp.mean(self.times.masses(cdfs), axis=0)
         return (1 - self.uniform_share) * learned + self.uniform_share * uniform
 
@@ -345,12 +349,35 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
         log_beta = jnp.sum(beta_log_prob(u, a, b))
         if self.uniform_share == 0:
             return log_beta
-        return jnp.logaddexp(math.log(1 - self.uniform_share) + log_beta, math.log(self.uniform_share))
+        log_share = math.log(self.uniform_share)
+        if (excess := self._excess) is not None:
+            log_share += jnp.log(excess[self.times.cell(self.times.from_unit(u))])
+        return jnp.logaddexp(math.log(1 - self.uniform_share) + log_beta, log_share)
 
     @property
     def rewarding(self) -> AbstractWeighting:
         """`reward`, or what None stands for."""
-        return BoundWeight(clip=100.0) if self.reward is None else self.reward
+        return BoundWeight(clip=1.0) if self.reward is None else self.reward
+
+    @property
+    def _excess(self) -> Float[Array, " cells"] | None:
+        """By cell the density of the share over that of uniform u; None where that is 1 everywhere."""
+        clip = self.rewarding.clip if isinstance(self.rewarding, BoundWeight) else None
+        if clip is None or not isinstance(self.times, DiffusionChain):
+            return None
+        excess = np.maximum(1.0, self.times.kl_weights / clip)
+        if np.all(excess == 1):
+            return None
+        excess = jnp.asarray(excess, jnp.result_type(float))
+        return excess / jnp.sum(excess * jnp.diff(self.times.edges()[0]))
+
+    def _shared_points(self, n, key):
+        """Draws of u from the share."""
+        if (excess := self._excess) is None:
+            return jr.uniform(key, (n, len(self.times.cells)))
+        edges = self.times.edges()[0]
+        cdf = jnp.append(0.0, jnp.cumsum(excess * jnp.diff(edges)))
+        return jnp.interp(jr.uniform(key, (n, 1)), cdf, edges)
 
     def policy_loss(
         self, policy: PyTree, x: PyTree, u: Float[Array, "n dims"], drops: Float[Array, " n"]

@@ -20,7 +20,7 @@ LABELS = {
     "second-moment": "second moment (iDDPM)",
     "variance": "by gradient variance",
     "adaptive": "adaptive (robust)",
-    "adaptive-clipped": "adaptive, $c_t$ clipped at 1",
+    "adaptive-uncapped": "adaptive, $c_t$ not capped",
     "adaptive-min-snr": "adaptive + Min-SNR",
     "adaptive-paper": "adaptive (paper)",
     "adaptive-released": "adaptive (paper, fresh noise)",

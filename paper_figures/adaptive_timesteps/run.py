@@ -75,7 +75,7 @@ HEURISTICS = {
 }
 COMPARED = HEURISTICS | {
     "adaptive": adaptive(),
-    "adaptive-clipped": adaptive(reward=BoundWeight(clip=1.0)),
+    "adaptive-uncapped": adaptive(reward=BoundWeight()),
     "adaptive-min-snr": adaptive(weighting=MinSNR()),
     "adaptive-paper": lambda chain: AdaptiveTimesteps.paper(chain, policy="vector"),
     "adaptive-released": lambda chain: AdaptiveTimesteps.paper(chain, fresh_noise=True, policy="vector"),
@@ -117,7 +117,15 @@ class Study:
 
 FEWER = {
     name: COMPARED[name]
-    for name in ("uniform", "adaptive", "adaptive-clipped", "min-snr", "log-normal", "speed", "second-moment")
+    for name in (
+        "uniform",
+        "adaptive",
+        "adaptive-uncapped",
+        "min-snr",
+        "log-normal",
+        "speed",
+        "second-moment",
+    )
 }
 STUDIES = {
     f"{data}-{betas}": Study(data, betas, COMPARED if data == "digits" else FEWER)
