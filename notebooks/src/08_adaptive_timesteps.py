@@ -654,8 +654,8 @@ for name, make in refused.items():
 # - `num_updates = 12_000`: does the lead over uniform grow, and does SpeeD keep up?
 # - `look_every=5`: four times as many looks. What is won by updates, and what is lost by forward passes?
 # - `AdaptiveTimesteps.paper(chain, policy="vector")`, and `fresh_noise=True` on top: follow $a$ and $b$.
-# - `DiffusionChain(num_steps, betas="cosine")` with `uniform_share=0.0`: watch the weight of the last step, then
-#   cut it with `reward=BoundWeight(clip=1.0)`.
+# - `DiffusionChain(num_steps, betas="cosine")` with `reward=BoundWeight()`: watch what the weight of the last step
+#   does when nothing caps it.
 # - `weighting=MinSNR()` in the adaptive sampler, which [P] recommends on ImageNet: the reward stays the bound.
 # - `Diffusion(sampler).resized("cpu")` without `network="mlp"`: a U-Net. What do the seconds say now?
 # - `VarianceTimesteps(chain)`, `SecondMomentTimesteps(chain)` or `P2()` as a sixth curve.
