@@ -36,11 +36,19 @@ class AnnealedNoise(eqx.Module):
 
     def update(self, state: NoiseState, step: Int[Array, ""]) -> NoiseState:
         """The state after update number `step`, counted from 0."""
-        gap = 0.5 * jnp.log(2 * jnp.pi * jnp.e) + jnp.log(self.std(state)) - self.target_entropy
-        change, opt_state = optax.adam(self.learning_rate).update(gap, state.opt_state)
-        moved = NoiseState(state.log_scale + change, opt_state)
+        own_entropy = 0.5 * jnp.log(2 * jnp.pi * jnp.e) + jnp.log(self.std(state))
+        moved = self.corrected(state, own_entropy)
         due = (step + 1) % self.period == 0
         return jax.tree.map(lambda new, old: jnp.where(due, new, old), moved, state)
+
+    def corrected(self, state: NoiseState, entropy: Float[Array, ""]) -> NoiseState:
+        """The state after one step by an entropy per dimension, to more noise where that is below the target.
+
+        `update` takes the noise's own entropy; DACER measures that of its policy with the noise.
+        """
+        gap = entropy - self.target_entropy
+        change, opt_state = optax.adam(self.learning_rate).update(gap, state.opt_state)
+        return NoiseState(state.log_scale + change, opt_state)
 
     def std(self, state: NoiseState) -> Scalar:
         """The standard deviation now, in units of the action box [-1, 1]."""

@@ -92,7 +92,10 @@ def vmap_in_blocks(fn: Callable[..., PyTree], *args: PyTree, rows_each: int) -> 
     """
     if jax.default_backend() != "cpu":
         return jax.vmap(fn)(*args)
-    return jax.lax.map(lambda xs: fn(*xs), args, batch_size=max(1, 1024 // rows_each))
+    number, most = len(jax.tree.leaves(args)[0]), max(1, 1024 // rows_each)
+    # A block size that divides the batch leaves no rest, for which `fn` would be compiled a second time.
+    block = next((size for size in range(most, most // 2, -1) if number % size == 0), most)
+    return jax.lax.map(lambda xs: fn(*xs), args, batch_size=block)
 
 
 @custom_vmap

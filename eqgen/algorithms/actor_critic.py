@@ -46,8 +46,8 @@ class ActorCriticState(eqx.Module):
 
     actor: PyTree
     target_actor: PyTree
-    critics: QEnsemble
-    target_critics: QEnsemble
+    critics: PyTree
+    target_critics: PyTree
     actor_opt: optax.OptState
     critic_opt: optax.OptState
     noise: NoiseState
@@ -63,6 +63,10 @@ class AbstractActorCritic(AbstractAgent):
     num_candidates: int = 32
     """N while training: of the behaviour and of the TD target's next action [C]."""
     num_eval_candidates: int = 32
+    num_target_candidates: int | None = None
+    """N of the TD target's next action alone; None for `num_candidates` [C]."""
+    bootstrap_with: Literal["online", "target"] = "online"
+    """Which networks draw and choose the TD target's next action: those that act [C], or the target networks."""
     act_with: Literal["actor", "target_actor"] = "actor"
     """Which network draws actions."""
     exploration: Literal["annealed", "constant", "none"] = "annealed"
@@ -86,6 +90,8 @@ class AbstractActorCritic(AbstractAgent):
     """The update at which the actor's learning rate begins to fall."""
     decay_updates: int = 50_000
     """How many updates it takes to fall."""
+    max_grad_norm: float = 0.0
+    """What the norm of all the critics' gradients together, and that of the actor's, is clipped to; 0 for none."""
     hidden: tuple[int, ...] = (256, 256, 256)
     activation: str = "mish"
 
@@ -101,7 +107,7 @@ class AbstractActorCritic(AbstractAgent):
 
     @abstractmethod
     def sample(
-        self, actor: PyTree, critics: QEnsemble, obs: Float[Array, " obs"], *, key: Key[Array, ""]
+        self, actor: PyTree, critics: PyTree, obs: Float[Array, " obs"], *, key: Key[Array, ""]
     ) -> Float[Array, " act"]:
         """One draw of the policy, in the box."""
 
@@ -128,10 +134,12 @@ class AbstractActorCritic(AbstractAgent):
     ) -> tuple[Float[Array, " batch"], Actions]:
         """V(s') in the TD target, and the actions that it was judged by."""
         actor_keys, noise_keys = jr.split(key, (2, len(next_obs)))
-        actions = self.best_of_n(state, next_obs, self.num_candidates, keys=actor_keys)
+        networks, num_candidates = state, self.num_target_candidates or self.num_candidates
+        if self.bootstrap_with == "target":
+            networks = dataclasses.replace(state, actor=state.target_actor, critics=state.target_critics)
+        actions = self.best_of_n(networks, next_obs, num_candidates, keys=actor_keys)
         if self.noisy_target_action:
-            noisy = partial(add_noise, std=self.noise_std(state))
-            actions = jax.vmap(lambda a, k: noisy(a, key=k))(actions, noise_keys)
+            actions = jax.vmap(lambda a, k: self.blur(state, a, key=k))(actions, noise_keys)
         return jax.vmap(lambda s, a: jnp.min(state.target_critics(s, a)))(next_obs, actions), actions
 
     def adapt(self, state: ActorCriticState, batch: Transition, *, key: Key[Array, ""]) -> ActorCriticState:
@@ -145,7 +153,7 @@ class AbstractActorCritic(AbstractAgent):
     # --- Acting ---
 
     def q_value(
-        self, critics: QEnsemble, obs: Float[Array, " obs"], action: Float[Array, " act"]
+        self, critics: PyTree, obs: Float[Array, " obs"], action: Float[Array, " act"]
     ) -> Float[Array, ""]:
         """min_j Q_j(s, a)."""
         return jnp.min(critics(obs, action))
@@ -159,10 +167,9 @@ class AbstractActorCritic(AbstractAgent):
         keys: Key[Array, " batch"],
     ) -> Actions:
         """For each observation the best of `num_candidates` draws."""
-        actor = getattr(state, self.act_with)
 
         def one(obs, key):
-            draw = lambda key: self.sample(actor, state.critics, obs, key=key)
+            draw = lambda key: self.draw(state, obs, key=key)
             if num_candidates == 1:
                 return draw(key)
             actions = jax.vmap(draw)(jr.split(key, num_candidates))
@@ -175,7 +182,25 @@ class AbstractActorCritic(AbstractAgent):
         sample_key, noise_key = jr.split(key)
         num_candidates = self.num_candidates if explore else self.num_eval_candidates
         action = self.best_of_n(state, obs[None], num_candidates, keys=sample_key[None])[0]
-        return add_noise(action, self.noise_std(state), key=noise_key) if explore else action
+        return self.explore(state, action, key=noise_key) if explore else action
+
+    def draw(
+        self, state: ActorCriticState, obs: Float[Array, " obs"], *, key: Key[Array, ""]
+    ) -> Float[Array, " act"]:
+        """One of the candidates that `best_of_n` chooses from."""
+        return self.sample(getattr(state, self.act_with), state.critics, obs, key=key)
+
+    def explore(
+        self, state: ActorCriticState, action: Float[Array, " act"], *, key: Key[Array, ""]
+    ) -> Float[Array, " act"]:
+        """The chosen action with exploration noise."""
+        return add_noise(action, self.noise_std(state), key=key)
+
+    def blur(
+        self, state: ActorCriticState, action: Float[Array, " act"], *, key: Key[Array, ""]
+    ) -> Float[Array, " act"]:
+        """The TD target's next action with the noise that `noisy_target_action` means: the behaviour's."""
+        return self.explore(state, action, key=key)
 
     def noise_std(self, state: ActorCriticState) -> Scalar:
         """Standard deviation of the exploration noise, in units of the box [-1, 1]."""
@@ -194,15 +219,26 @@ class AbstractActorCritic(AbstractAgent):
             transition_steps=max(1, self.decay_updates // self.policy_delay),
             transition_begin=self.decay_start // self.policy_delay,
         )
-        return optax.adam(schedule)
+        return self.clipped_adam(schedule)
+
+    @property
+    def critic_optimizer(self) -> optax.GradientTransformation:
+        """Adam."""
+        return self.clipped_adam(self.critic_learning_rate)
+
+    def clipped_adam(self, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        """Adam, after clipping by `max_grad_norm`."""
+        adam = optax.adam(learning_rate)
+        return (
+            optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adam) if self.max_grad_norm else adam
+        )
 
     def update(self, state, batch, *, key):
         value_key, adapt_key, actor_key = jr.split(key, 3)
         next_values, next_actions = self.next_values(state, batch.next_obs, key=value_key)
         y = td_target(batch, next_values, discount=self.discount, reward_scale=self.reward_scale)
         grads, metrics = eqx.filter_grad(critic_loss, has_aux=True)(state.critics, batch, y)
-        optimizer = optax.adam(self.critic_learning_rate)
-        critics, critic_opt = gradient_step(optimizer, state.critics, state.critic_opt, grads)
+        critics, critic_opt = gradient_step(self.critic_optimizer, state.critics, state.critic_opt, grads)
         state = dataclasses.replace(state, critics=critics, critic_opt=critic_opt)
         state = self.adapt(state, batch, key=adapt_key)
         delayed = partial(self.delayed_update, batch=batch, next_actions=next_actions, key=actor_key)
@@ -245,7 +281,7 @@ class AbstractActorCritic(AbstractAgent):
             critics=critics,
             target_critics=tree_copy(critics),
             actor_opt=self.actor_optimizer.init(eqx.filter(actor, eqx.is_inexact_array)),
-            critic_opt=optax.adam(self.critic_learning_rate).init(eqx.filter(critics, eqx.is_inexact_array)),
+            critic_opt=self.critic_optimizer.init(eqx.filter(critics, eqx.is_inexact_array)),
             noise=self.noise.init(),
             memory=memory,
             actor_metrics={f"actor/{name}": jnp.zeros(()) for name in self.reports},
@@ -275,7 +311,7 @@ class AbstractDiffusionAgent(AbstractActorCritic):
         return self.chain_sample(actor, obs, key=key)
 
     def chain_sample(
-        self, actor: NoisePredictor, obs: Float[Array, " obs"], *, key: Key[Array, ""]
+        self, actor: PyTree, obs: Float[Array, " obs"], *, key: Key[Array, ""]
     ) -> Float[Array, " act"]:
         """Ancestral sampling from N(0, I), the denoised action clipped at every step; differentiable."""
         start_key, chain_key = jr.split(key)
