@@ -99,7 +99,7 @@ class Experiment:
         """The environment; checks that agent and loop can be built for it."""
         try:
             env = catalog.make(self.env)
-            self.settings.check(env)
+            self.settings.check(env, self.agent)
             example = example_transition(env.obs_shape, env.action_dim)
             eqx.filter_eval_shape(self.agent.init, example, key=jr.key(0))
         except (ValueError, ImportError) as error:

@@ -17,9 +17,10 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from eqgen.algorithms.base import AbstractOnPolicyAgent
 from eqgen.data.replay import ReplayBuffer
 from eqgen.envs.base import step_autoreset
-from eqgen.tree import compile_ahead, filter_fori_loop, filter_scan
+from eqgen.tree import compile_ahead, filter_cond, filter_fori_loop, filter_scan
 from eqgen.types import Transition
 
 
@@ -64,18 +65,37 @@ def _explore(agent, action_dim, learning, agent_state, obs, key):
     return jax.vmap(act)(obs, jr.split(key, len(obs)))
 
 
-def _learn(agent, settings, learning, agent_state, replay, transitions, key):
-    """Stores one step of every environment of one seed; updates if `learning`. Returns the mean metrics."""
+def _learn(agent, settings, learning, iteration, agent_state, replay, transitions, key):
+    """Stores one step of every environment of one seed; updates if `learning`. Metrics are summed over updates."""
     replay = replay.add(transitions)
     if not learning:
         return agent_state, replay, {}
+    if isinstance(agent, AbstractOnPolicyAgent):
+        steps = iteration + 1 - settings.warmup_steps // settings.num_envs
+        due = steps % agent.rollout_length == 0
+        agent_state, metrics = _learn_from_rollout(agent, settings, due, agent_state, replay, key)
+        return agent_state, replay, metrics
 
     def update(state, key):
         sample_key, update_key = jr.split(key)
         return agent.update(state, replay.sample(settings.batch_size, key=sample_key), key=update_key)
 
     agent_state, metrics = filter_scan(update, agent_state, jr.split(key, settings.updates_per_iteration))
-    return agent_state, replay, jax.tree.map(jnp.mean, metrics)
+    return agent_state, replay, jax.tree.map(jnp.sum, metrics)
+
+
+def _learn_from_rollout(agent, settings, due, agent_state, replay, key):
+    """An update on all that the buffer holds if it is `due`: the same for all seeds, so that it stays a branch."""
+
+    def update(state):
+        by_time = lambda x: x.reshape(agent.rollout_length, settings.num_envs, *x.shape[1:])
+        return agent.update(state, jax.tree.map(by_time, replay.in_order()), key=key)
+
+    def wait(state):
+        return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), reported)
+
+    reported = eqx.filter_eval_shape(update, agent_state)[1]
+    return filter_cond(due, update, wait, agent_state)
 
 
 def _tally(episode_return, timestep):
@@ -107,7 +127,7 @@ def _jax_iteration(agent, env, settings, learning, iteration, seed, agent_state,
     episode_return, sums = _tally(episode_return, timestep)
     transitions = _transitions(obs, actions, timestep)
     agent_state, replay, metrics = _learn(
-        agent, settings, learning, agent_state, replay, transitions, learn_key
+        agent, settings, learning, iteration, agent_state, replay, transitions, learn_key
     )
     return agent_state, (replay, env_state, next_obs, episode_return), metrics | sums
 
@@ -135,7 +155,8 @@ class JaxLoop:
     """Advances an `OnlineState` whose environments are pure JAX.
 
     Both loops have `start() -> (env, obs)` for a new run, and `advance(state, stop, learning) -> (state, sums)`
-    up to iteration `stop`, where `sums` are those of the metrics over iterations, one value per seed.
+    up to iteration `stop`, where `sums` are those of the metrics over updates, and of what `_tally` counts over
+    iterations, one value per seed.
     """
 
     def __init__(self, agent, env, settings, seeds):
@@ -185,7 +206,7 @@ def _host_learn(agent, env, settings, learning, seeds, iteration, agent_state, r
         transitions = _transitions(obs, actions, timestep)
         key = _iteration_keys(seed, iteration)[2]
         agent_state, replay, metrics = _learn(
-            agent, settings, learning, agent_state, replay, transitions, key
+            agent, settings, learning, iteration, agent_state, replay, transitions, key
         )
         return agent_state, (replay, episode_return), metrics | sums
 

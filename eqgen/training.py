@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from eqgen.algorithms.base import AbstractAgent, Size
+from eqgen.algorithms.base import AbstractAgent, AbstractOnPolicyAgent, Size
 from eqgen.data.replay import ReplayBuffer
 from eqgen.envs.base import AbstractEnv, example_transition
 from eqgen.evaluation import rollout_returns
@@ -28,20 +28,23 @@ class OnlineSettings:
     """How to run an online agent. All steps are environment steps of one seed.
 
     One iteration is one step of each of `num_envs` environments, followed by `updates_per_iteration` updates: the
-    ratio of updates to data is `updates_per_iteration / num_envs`.
+    ratio of updates to data is `updates_per_iteration / num_envs`. An on-policy agent updates once after
+    `rollout_length` iterations, on all transitions of them.
     """
 
     total_steps: int = 20_000
     num_envs: int = 1
     warmup_steps: int = 1_000
-    """Steps with uniformly random actions before the first update."""
+    """Steps with uniformly random actions before anything is learned. On-policy agents never see them."""
     updates_per_iteration: int = 1
-    batch_size: int = 256
+    """Of agents that learn from replay; 1 for an on-policy agent."""
+    batch_size: int | None = 256
+    """Transitions that an update draws from replay; None for an on-policy agent, which draws none."""
     buffer_capacity: int = 1_000_000
-    """Transitions kept; never more than `total_steps` are allocated."""
+    """Transitions kept; never more are allocated than `total_steps`, or than an on-policy agent's rollout."""
     acting: Literal["lockstep", "overlap"] = "lockstep"
     """Which parameters choose actions: the newest, or, one update older, those that are at hand while the newest
-    are computed and the environments stepped (host environments only)."""
+    are computed and the environments stepped (host environments only, and not for on-policy agents)."""
     log_every: int = 1_000
     eval_every: int = 5_000
     """0 evaluates never."""
@@ -60,12 +63,10 @@ class OnlineSettings:
             "log_every",
             "eval_episodes",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.warmup_steps < self.num_envs:
-            raise ValueError(
-                f"warmup_steps is {self.warmup_steps}; replay needs a step of each of {self.num_envs} environments."
-            )
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be at least 0.")
         if self.buffer_capacity < self.num_envs:
             raise ValueError(
                 f"buffer_capacity is {self.buffer_capacity}, less than one step of {self.num_envs} environments."
@@ -76,18 +77,57 @@ class OnlineSettings:
                     f"{name} is {getattr(self, name)}; it must be a multiple of num_envs={self.num_envs}."
                 )
 
-    def check(self, env: Any) -> None:
-        """**Raises:** `ValueError` when `env` is no environment to be trained on in this way."""
+    def check(self, env: Any, agent: AbstractAgent) -> None:
+        """**Raises:** `ValueError` when `env` or `agent` cannot be trained in this way."""
         if self.acting == "overlap" and isinstance(env, AbstractEnv):
             raise ValueError(
                 f"{env.name} is stepped inside the compiled loop, where there is nothing to overlap: "
                 "acting='overlap' is for host environments, such as mujoco/HalfCheetah-v5. "
                 "Remedy: acting='lockstep'."
             )
+        if isinstance(agent, AbstractOnPolicyAgent):
+            self._check_on_policy(agent)
+        elif self.batch_size is None:
+            raise ValueError(
+                f"batch_size is None, but {type(agent).__name__} draws batches from replay. Remedy: batch_size=256."
+            )
+
+    def _check_on_policy(self, agent):
+        name, rollout = type(agent).__name__, self.capacity(agent)
+        for field, value in dict(batch_size=None, updates_per_iteration=1, acting="lockstep").items():
+            if getattr(self, field) != value:
+                raise ValueError(
+                    f"{field} is {getattr(self, field)!r}, but {name} is on-policy: it learns once from each whole "
+                    f"rollout of its newest parameters. Remedy: {field}={value!r}."
+                )
+        if (room := min(self.buffer_capacity, self.total_steps - self.warmup_steps)) < rollout:
+            raise ValueError(
+                f"A rollout of {name} takes {rollout} steps, {agent.rollout_length} in each of {self.num_envs} "
+                f"environments; total_steps, less warmup_steps, and buffer_capacity leave room for {room}."
+            )
+
+    def capacity(self, agent: AbstractAgent) -> int:
+        """Transitions for which memory is allocated."""
+        if isinstance(agent, AbstractOnPolicyAgent):
+            return agent.rollout_length * self.num_envs
+        return min(self.buffer_capacity, self.total_steps)
+
+    def num_updates(self, agent: AbstractAgent, iteration: int) -> int:
+        """Calls of `agent.update` in the iterations before this one."""
+        learning = max(0, iteration - self.warmup_steps // self.num_envs)
+        if isinstance(agent, AbstractOnPolicyAgent):
+            return learning // agent.rollout_length
+        return learning * self.updates_per_iteration
 
     @classmethod
-    def preset(cls, size: Size, env: str) -> Self:
-        """The settings for an amount of computation, by the environment's family (the part before the slash)."""
+    def preset(cls, size: Size, env: str, agent: AbstractAgent | None = None) -> Self:
+        """The settings for an amount of computation.
+
+        For agents that learn from replay they differ by the environment's family (the part before the slash). An
+        on-policy agent needs more steps, each of which costs less.
+        """
+        if isinstance(agent, AbstractOnPolicyAgent):
+            return cls._on_policy_preset(size)
         if size == "smoke":
             return cls(
                 total_steps=300,
@@ -119,6 +159,15 @@ class OnlineSettings:
             checkpoint_every=50_000,
         )
 
+    @classmethod
+    def _on_policy_preset(cls, size):
+        common = dict(warmup_steps=0, batch_size=None)
+        if size == "smoke":
+            every = dict(log_every=100, eval_every=300, eval_episodes=2, checkpoint_every=100)
+            return cls(total_steps=300, num_envs=2, **every, **common)
+        every = dict(log_every=10_000, eval_every=50_000, eval_episodes=20, checkpoint_every=100_000)
+        return cls(total_steps=1_000_000, num_envs=8 if size == "cpu" else 1, **every, **common)
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -143,15 +192,17 @@ class Progress:
 
 
 def _loop(agent, env, settings, seeds):
-    settings.check(env)
+    settings.check(env, agent)
     return (JaxLoop if isinstance(env, AbstractEnv) else HostLoop)(agent, env, settings, tuple(seeds))
 
 
 def _start(loop, agent, env, settings, seeds):
     example = example_transition(env.obs_shape, env.action_dim)
-    capacity = min(settings.buffer_capacity, settings.total_steps)
-    agents = eqx.filter_vmap(lambda seed: agent.init(example, key=run_key(seed, INIT, 0)))(loop.seeds)
-    replay = eqx.filter_vmap(lambda _: ReplayBuffer.create(example, capacity))(loop.seeds)
+    capacity = settings.capacity(agent)
+    # Compiled as one program; run as it stands, every operation of an initialisation would be one of its own.
+    init = eqx.filter_jit(eqx.filter_vmap(lambda seed: agent.init(example, key=run_key(seed, INIT, 0))))
+    agents = init(loop.seeds)
+    replay = eqx.filter_jit(eqx.filter_vmap(lambda _: ReplayBuffer.create(example, capacity)))(loop.seeds)
     env_state, obs = loop.start()
     returns = jnp.zeros((len(seeds), settings.num_envs))
     return OnlineState(agents, replay, env_state, obs, returns, iteration=jnp.int32(0))
@@ -203,7 +254,7 @@ def train_online(
         while (first := int(state.iteration)) < settings.total_steps // settings.num_envs:
             stop, learning = _next_stop(first, settings)
             state, sums = loop.advance(state, stop, learning)
-            records = _records(sums, first, stop, settings, seeds)
+            records = _records(sums, first, stop, agent, settings, seeds)
             step = stop * settings.num_envs
             if settings.eval_every and (step % settings.eval_every == 0 or step == settings.total_steps):
                 _evaluate(records, agent, env, settings, state)
@@ -224,16 +275,18 @@ def _next_stop(first, settings):
     return min(stops), first >= warmup
 
 
-def _records(sums, first, stop, settings, seeds):
+def _records(sums, first, stop, agent, settings, seeds):
+    """What happened in iterations first..stop. Metrics are means over updates, and None where there were none."""
     sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
     step = stop * settings.num_envs
-    updates = max(0, stop - settings.warmup_steps // settings.num_envs) * settings.updates_per_iteration
+    before, updates = (settings.num_updates(agent, iteration) for iteration in (first, stop))
     records = []
     for i, seed in enumerate(seeds):
         values = {name: float(value[i]) for name, value in sums.items()}
         finished, finished_return = values.pop("finished"), values.pop("finished_return")
         bad_obs = values.pop("bad_obs") > 0
-        means = {name: value / (stop - first) for name, value in values.items()}
+        new = updates - before
+        means = {name: value / new if new else None for name, value in values.items()}
         _check_finite(means, bad_obs, seed, step)
         record = {"seed": int(seed), "env_step": step, "updates": updates, "train/episodes": int(finished)}
         records.append(record | {"train/return": finished_return / finished if finished else None} | means)
@@ -242,7 +295,7 @@ def _records(sums, first, stop, settings, seeds):
 
 def _check_finite(means, bad_obs, seed, step):
     """Names what is not finite. An agent that diverges breaks the observations and the other way round: both."""
-    bad = next((name for name, value in means.items() if not np.isfinite(value)), None)
+    bad = next((name for name, x in means.items() if x is not None and not np.isfinite(x)), None)
     causes = [f"The metric {bad} of seed {seed} is {means[bad]}"] if bad else []
     causes += [f"{'an' if bad else 'An'} observation of seed {seed} was NaN or infinite"] if bad_obs else []
     if causes:

@@ -13,7 +13,7 @@ import pytest
 
 import eqgen.algorithms
 from eqgen import checkpoint
-from eqgen.algorithms.base import AbstractAgent, AbstractLearner
+from eqgen.algorithms.base import AbstractAgent, AbstractLearner, AbstractOnPolicyAgent
 from eqgen.envs.base import example_transition
 from eqgen.guidance import AbstractPlanner
 from eqgen.tree import filter_scan
@@ -63,8 +63,9 @@ windows = partial(random_windows, horizon=HORIZON, obs_size=OBS, action_size=ACT
 
 
 def batch(cls, key, *leading):
-    """What the class learns from."""
-    return (windows if cls in PLANNERS else transitions)(key, *leading, BATCH)
+    """What the class learns from: a batch, or a rollout of two environments."""
+    shape = (BATCH // 2, 2) if issubclass(cls, AbstractOnPolicyAgent) else (BATCH,)
+    return (windows if cls in PLANNERS else transitions)(key, *leading, *shape)
 
 
 def example(cls):
@@ -190,7 +191,7 @@ def test_terminated_transitions_do_not_bootstrap(cls):
     flag = lambda b, terminated: eqx.tree_at(
         lambda b: (b.terminated, b.truncated),
         b,
-        (jnp.full(BATCH, terminated), jnp.full(BATCH, True)),
+        (jnp.full_like(b.terminated, terminated), jnp.full_like(b.truncated, True)),
     )
     run = lambda b: update(later, b, jr.key(3))[0]
     assert eqx.tree_equal(run(flag(data, True)), run(elsewhere(flag(data, True))))

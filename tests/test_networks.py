@@ -95,6 +95,24 @@ def test_tanh_gaussian_log_prob_is_finite_when_saturated(getkey):
     assert bool(jnp.all(jnp.isfinite(jax.grad(lambda o: far.sample(o, key=jr.key(0))[1])(jnp.zeros(1)))))
 
 
+@pytest.mark.parametrize("state_dependent_std", [True, False])
+def test_tanh_gaussian_log_prob_of_an_action_is_that_of_its_sampling(getkey, state_dependent_std):
+    policy = TanhGaussianPolicy(2, 3, (8,), state_dependent_std=state_dependent_std, key=getkey())
+    obs, keys = jnp.array([0.3, -0.7]), jr.split(getkey(), 500)
+    actions, sampled = jax.vmap(lambda k: policy.sample(obs, key=k))(keys)
+    # An action in single precision says its inverse tanh to 1e-4 up to 4, where few of these are beyond.
+    assert_trees_close(jax.vmap(lambda a: policy.log_prob(obs, a))(actions), sampled, rtol=1e-3, atol=2e-3)
+    same = jnp.array_equal(policy(obs)[1], policy(-obs)[1])
+    assert bool(same) != state_dependent_std
+
+
+def test_tanh_gaussian_log_prob_is_finite_on_the_bounds(getkey):
+    policy = TanhGaussianPolicy(1, 2, (4,), state_dependent_std=False, key=getkey())
+    at = lambda policy: policy.log_prob(jnp.zeros(1), jnp.array([1.0, -1.0]))
+    value, grads = eqx.filter_value_and_grad(at)(policy)
+    assert bool(jnp.isfinite(value)) and all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
+
+
 def test_mean_velocity_depends_on_both_times(getkey):
     net = MeanVelocity(3, 2, (16,), key=getkey())
     x, obs = jnp.ones(2), jnp.ones(3)

@@ -65,6 +65,15 @@ def test_holds_exactly_the_last_records_at_their_place_in_the_ring(sizes):
         assert_trees_close(row(buffer.data, number % CAPACITY), row(records(number, 1), 0), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("sizes", [[7], [5, 7], [3] * 7, [4, 4, 4, 4, 4], [3]])
+def test_in_order_begins_with_the_oldest(sizes):
+    buffer, seen = filled(sizes)
+    kept = records(max(0, seen - CAPACITY), min(seen, CAPACITY))
+    ordered = jax.tree.map(lambda x: x[CAPACITY - int(buffer.size) :], buffer.in_order())
+    assert_trees_close(ordered, kept, rtol=0, atol=0)
+    assert not jnp.any(buffer.in_order().reward[: CAPACITY - int(buffer.size)])
+
+
 @pytest.mark.parametrize("sizes", [[2], [5], [6, 4], [3] * 7])
 def test_samples_are_whole_records_among_those_kept(sizes, getkey):
     buffer, seen = filled(sizes)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eqgen.algorithms.base import AbstractAgent
+from eqgen.algorithms.base import AbstractAgent, AbstractOnPolicyAgent
+from eqgen.algorithms.ppo import PPO
 from eqgen.algorithms.sac import SAC
 from eqgen.envs.base import AbstractEnv
 from eqgen.envs.catalog import make
@@ -47,6 +48,12 @@ SETTINGS = OnlineSettings(
     eval_episodes=2,
     checkpoint_every=20,
 )
+ON_POLICY = dataclasses.replace(SETTINGS, batch_size=None)
+# Rollouts of 4 iterations: a checkpoint at step 20, iteration 10, is in the middle of the second.
+TRAINED = {
+    "sac": (SAC.tiny(), SETTINGS),
+    "ppo": (dataclasses.replace(PPO.tiny(), rollout_length=4), ON_POLICY),
+}
 
 
 def run(agent, env, settings=SETTINGS, seeds=(0, 1), state=None, until=None):
@@ -92,11 +99,12 @@ def test_records_have_the_returns_of_finished_episodes_and_the_schedule_of_steps
     assert all(r["seed"] == 7 for r in records)
 
 
-def test_training_2n_equals_n_stopped_and_n_more_to_the_last_bit():
-    env, agent = make("gymnax/Pendulum-v1"), SAC.tiny()
-    records, whole = run(agent, env)
-    first, half = run(agent, env, until=20)
-    rest, again = run(agent, env, state=as_arrays(half))
+@pytest.mark.parametrize("trained", TRAINED)
+def test_training_2n_equals_n_stopped_and_n_more_to_the_last_bit(trained):
+    env, (agent, settings) = make("gymnax/Pendulum-v1"), TRAINED[trained]
+    records, whole = run(agent, env, settings)
+    first, half = run(agent, env, settings, until=20)
+    rest, again = run(agent, env, settings, state=as_arrays(half))
     assert first + rest == records
     assert_trees_close(again, whole, rtol=0, atol=0)
 
@@ -129,10 +137,10 @@ def test_host_and_jax_loops_store_and_learn_alike(acting):
     assert bool(jnp.isfinite(records[-1]["critic/loss"]))
 
 
-@pytest.mark.parametrize("acting", ["lockstep", "overlap"])
-def test_host_training_goes_on_to_the_last_bit(acting):
-    env, agent = make("mujoco/InvertedPendulum-v5"), SAC.tiny()
-    settings = dataclasses.replace(SETTINGS, acting=acting)
+@pytest.mark.parametrize("trained, acting", [("sac", "lockstep"), ("sac", "overlap"), ("ppo", "lockstep")])
+def test_host_training_goes_on_to_the_last_bit(trained, acting):
+    env, (agent, settings) = make("mujoco/InvertedPendulum-v5"), TRAINED[trained]
+    settings = dataclasses.replace(settings, acting=acting)
     records, whole = run(agent, env, settings, seeds=(0, 1))
     first, half = run(agent, env, settings, seeds=(0, 1), until=20)
     rest, again = run(agent, env, settings, seeds=(0, 1), state=as_arrays(half))
@@ -162,6 +170,53 @@ def test_overlap_acts_one_update_late_except_after_the_learner_has_caught_up(act
     updates = np.round(100 * np.asarray(state.replay.data.action)[0, 10:, 0]).astype(int).reshape(-1, 2)
     expected = [max(i - lag, i // 5 * 5) for i in range(15)]  # a chunk is log_every / num_envs = 5 iterations
     assert updates.tolist() == [[n, n] for n in expected]
+
+
+class Recorder(AbstractOnPolicyAgent):
+    """Acts by the number of updates it has had (as a share of 100), and keeps the last rollout it was given."""
+
+    rollout_length: int = 7
+    evaluation_policy = "the number of updates"
+
+    def init(self, example, *, key):
+        return jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros((7, 2, *x.shape), x.dtype), example)
+
+    def update(self, state, batch, *, key):
+        return (state[0] + 0.01, batch), {"reward": jnp.mean(batch.reward)}
+
+    def act(self, state, obs, *, key, explore):
+        return state[0][None]
+
+
+@pytest.mark.parametrize("env", [Counter(), Counter(clock=True), make("mujoco/InvertedPendulum-v5")])
+@pytest.mark.parametrize("updates, until", [(1, 30), (2, 40)])
+def test_rollouts_are_what_happened_since_the_warm_up_in_order_and_by_one_policy(env, updates, until):
+    """Of 20 iterations 5 are warm-up; rollouts of 7 end with the 12th and the 19th."""
+    _, state = run(Recorder(), env, ON_POLICY, seeds=(3, 4), until=until)
+    for seed in range(2):
+        count, batch = seed_slice(state.agent, seed)
+        assert round(100 * float(count)) == updates
+        assert_trees_close(batch.action, np.full_like(batch.action, 0.01 * (updates - 1)), rtol=0)
+        over = batch.terminated | batch.truncated
+        same = batch.obs[1:] == batch.next_obs[:-1]
+        assert same[~over[:-1]].all() and not same[over[:-1]].all(axis=-1).any()
+        replay = seed_slice(state.replay, seed)
+        assert replay.capacity == 14
+        if isinstance(env, Counter):
+            clock = np.arange(5 + 7 * (updates - 1), 5 + 7 * updates) % 3
+            np.testing.assert_array_equal(batch.obs[..., 0], np.stack([clock, clock], axis=1))
+        else:  # the newest rows of the ring are those of the iterations behind the last rollout
+            obs = np.asarray(as_arrays(replay).in_order().obs).reshape(7, 2, -1)
+            behind = until // 2 - (5 + 7 * updates)
+            np.testing.assert_array_equal(obs[: 7 - behind], batch.obs[behind:])
+
+
+def test_records_of_rollouts_count_updates_and_are_means_over_them():
+    records, _ = run(Recorder(), Counter(), ON_POLICY, seeds=(0,))
+    assert [r["updates"] for r in records] == [0, 0, 0, 1, 2]
+    rewards = [10 * (np.arange(first, first + 7) % 3 + 1).mean() for first in (5, 12)]
+    assert [r.get("reward") for r in records] == [None, None, None, *map(pytest.approx, rewards)]
+    assert "reward" in records[2] and "reward" not in records[1]
 
 
 def test_overlap_is_lockstep_while_nothing_is_learned():
@@ -201,7 +256,7 @@ def test_a_diverging_loss_stops_the_run_and_names_the_metric():
     [
         (dict(total_steps=0), "total_steps is 0"),
         (dict(num_envs=3), "multiple of num_envs=3"),
-        (dict(warmup_steps=0), "warmup_steps is 0"),
+        (dict(warmup_steps=-2), "warmup_steps is -2"),
         (dict(eval_every=15), "eval_every is 15"),
         (dict(buffer_capacity=1), "buffer_capacity is 1"),
         (dict(batch_size=-1), "batch_size is -1"),
@@ -210,6 +265,31 @@ def test_a_diverging_loss_stops_the_run_and_names_the_metric():
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SETTINGS, **changes)
+
+
+@pytest.mark.parametrize(
+    "agent, changes, message",
+    [
+        (Recorder(), dict(batch_size=8), "batch_size is 8, but Recorder is on-policy.*batch_size=None"),
+        (Recorder(), dict(updates_per_iteration=2), "updates_per_iteration is 2.*updates_per_iteration=1"),
+        (Recorder(), dict(acting="overlap"), "acting is 'overlap', but Recorder.*acting='lockstep'"),
+        (Recorder(), dict(warmup_steps=28), "takes 14 steps, 7 in each of 2 environments.*room for 12"),
+        (Recorder(), dict(buffer_capacity=13), "room for 13"),
+        (SAC.tiny(), {}, "batch_size is None, but SAC draws batches from replay. Remedy: batch_size=256"),
+    ],
+)
+def test_settings_that_do_not_suit_the_agent_are_refused(agent, changes, message):
+    settings = dataclasses.replace(ON_POLICY, **changes)
+    with pytest.raises(ValueError, match=message):
+        init_online(agent, make("mujoco/InvertedPendulum-v5"), settings, seeds=(0,))
+
+
+def test_without_a_warm_up_the_agent_acts_from_the_first_step():
+    settings = dataclasses.replace(SETTINGS, warmup_steps=0)
+    records, state = run(Counting(), Counter(), settings, seeds=(0,), until=10)
+    assert records[-1]["updates"] == 5
+    actions = np.asarray(seed_slice(state.replay, 0).data.action)[:10, 0]
+    np.testing.assert_allclose(actions, 0.01 * np.repeat(np.arange(5), 2), atol=1e-7)
 
 
 def test_an_unknown_way_of_acting_is_refused():
@@ -223,6 +303,10 @@ def test_an_unknown_way_of_acting_is_refused():
 @pytest.mark.parametrize("env", ["gymnax/Pendulum-v1", "mujoco/Hopper-v5"])
 def test_presets_are_possible_settings(size, env):
     assert OnlineSettings.preset(size, env).total_steps >= 300
+    agent = PPO().resized(size)
+    settings = OnlineSettings.preset(size, env, agent)
+    settings.check(Counter(), agent)
+    assert settings.warmup_steps == 0 and settings.num_updates(agent, settings.total_steps) >= 10
 
 
 def test_the_buffer_never_allocates_more_than_the_run_can_fill():

@@ -84,6 +84,23 @@ class AbstractAgent(AbstractLearner):
     def update(self, state: Any, batch: Transition, *, key: Key[Array, ""]) -> tuple[Any, Metrics]: ...
 
 
+class AbstractOnPolicyAgent(AbstractAgent):
+    """An agent that learns from what its parameters of this moment did, and from that only once.
+
+    `update` takes a whole rollout: transitions with the leading axes (rollout_length, num_envs), in the order in
+    which each environment made them. Loops call it after every `rollout_length` steps of all environments, counted
+    from the end of the warm-up. Nothing in the state changes in between, so what networks said when actions were
+    taken (log-probabilities, values) need not be stored: `update` computes it from the state that it is given.
+    """
+
+    rollout_length: eqx.AbstractVar[int]
+    """Steps of each environment in a rollout."""
+
+    def __check_init__(self):
+        if self.rollout_length < 1:
+            raise ValueError(f"rollout_length is {self.rollout_length}; it must be at least 1.")
+
+
 def vector_sizes(example: Transition) -> tuple[int, int]:
     """The lengths of the observation and action vectors.
 

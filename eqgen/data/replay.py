@@ -65,6 +65,11 @@ class ReplayBuffer(eqx.Module):
             jnp.minimum(self.size + n, self.capacity),
         )
 
+    def in_order(self) -> PyTree:
+        """All rows, the oldest record first; before it zeros while there are fewer than `capacity`."""
+        rows = (self.index + jnp.arange(self.capacity, dtype=jnp.int32)) % self.capacity
+        return jax.tree.map(lambda x: x.at[rows].get(mode="promise_in_bounds"), self.data)
+
     def sample(self, n: int, *, key: Key[Array, ""]) -> PyTree:
         """`n` records drawn uniformly with replacement from those written (zeros while there are none)."""
         rows = jr.randint(key, (n,), 0, jnp.maximum(self.size, 1))
