@@ -261,7 +261,7 @@ def _train_options(cls: type, arguments: list[str]) -> type:
 
     preset_name, profile_name, profiles, env_name = _preset_and_profile(cls, arguments)
     chosen_agent = profiles[profile_name].resized(preset_name)
-    chosen_settings = OnlineSettings.preset(preset_name, env_name)
+    chosen_settings = OnlineSettings.preset(preset_name, env_name, chosen_agent)
 
     @dataclasses.dataclass(frozen=True)
     class Train:
@@ -458,6 +458,51 @@ def render(
     print(f"{path}  (return {', '.join(f'{x:.1f}' for x in returns)})")
 
 
+def benchmark(
+    suite: str | None = None,
+    preset: str | None = None,
+    algorithms: tuple[str, ...] = (),
+    seeds: int | None = None,
+    seed_start: int | None = None,
+    envs: tuple[str, ...] = (),
+    out: Path | None = None,
+    table: Path | None = None,
+) -> None:
+    """Compare algorithms on a suite of tasks, or go on with that.
+
+    Every finished run leaves a row (settings, versions, hardware, learning curve, costs) in OUT/rows, from which
+    OUT/table.md and OUT/curves.pdf are made. What is finished is not run again.
+
+    Args:
+        suite: Which tasks: gymnax (two, for two CPU cores) or mujoco (five).
+        preset: How much computation: smoke (seconds), cpu, paper (one GPU); cpu if not given.
+        algorithms: Which, as "som" or "som:paper" for a profile; all agents if not given.
+        seeds: How many agents to train side by side for each row; 3 if not given.
+        seed_start: The first seed; 0 if not given. The others follow it.
+        envs: Some of the suite's tasks; all if not given.
+        out: The folder, new or to go on with; runs/benchmark-SUITE-PRESET if not given.
+        table: Such a folder: makes its table and figure again from the rows, and runs nothing.
+    """
+    from eqgen.benchmark import run_suite
+    from eqgen.comparison import write_table
+    from eqgen.sessions import ExperimentError
+
+    if table is not None:
+        if any((suite, preset, algorithms, seeds is not None, seed_start is not None, envs, out)):
+            raise ExperimentError("--table FOLDER stands alone: all else is in the folder's rows.")
+        written = write_table(table)
+    elif suite is None:
+        raise ExperimentError("benchmark needs --suite gymnax or --suite mujoco, or --table FOLDER.")
+    else:
+        preset, first = preset or "cpu", seed_start or 0
+        out = out or Path("runs", f"benchmark-{suite}-{preset}")
+        seeds = range(first, first + (3 if seeds is None else seeds))
+        written = run_suite(suite, preset, algorithms, seeds=seeds, out=out, envs=envs)
+    print(written[0].read_text())
+    for path in written:
+        print(path)
+
+
 def list_() -> None:
     """List algorithms and environments."""
     from eqgen import experiments
@@ -478,5 +523,6 @@ _COMMANDS = {
     "plot": plot,
     "render": render,
     "data": data,
+    "benchmark": benchmark,
     "list": list_,
 }

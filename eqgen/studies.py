@@ -73,15 +73,19 @@ def run_study(study: Study, name: str, agent: str, *, folder: Path, results: Pat
 
 
 def write_result(run: Run, path: Path) -> Path:
-    """Settings, provenance and the evaluation records of a run, as one small file."""
-    content = {
+    """The `result` of a run as one small file."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result(run), indent=1) + "\n")
+    return path
+
+
+def result(run: Run) -> dict[str, Any]:
+    """Settings, provenance and the evaluation records of a run."""
+    return {
         "settings": run.settings,
         "provenance": json.loads((run.path / "provenance.json").read_text()),
         "records": [record for record in run.metrics() if "eval/return" in record],
     }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-    return path
 
 
 def read_curve(path: Path, metric: str = "eval/return") -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +100,7 @@ def read_curve(path: Path, metric: str = "eval/return") -> tuple[np.ndarray, np.
 def draw_curves(
     panels: Mapping[str, Mapping[str, Path]], looks: Mapping[str, Mapping[str, Any]], out: Path
 ) -> list[Path]:
-    """Returns of evaluation episodes over environment steps, as PDF and PNG.
+    """Returns of evaluation episodes over environment steps, as PDF and PNG, three panels in a row.
 
     **Arguments:**
 
@@ -116,15 +120,19 @@ def draw_curves(
         raise FileNotFoundError(f"There is no result to draw for {out}: make some with the run.py beside it.")
     with plotting.style():
         width = plotting.TEXT_WIDTH if len(panels) > 1 else plotting.COLUMN_WIDTH
-        fig, axes = plotting.subplots(1, len(panels), width=width, aspect=0.75, squeeze=False)
+        grid = -(-len(panels) // 3), min(len(panels), 3)
+        fig, axes = plotting.subplots(*grid, width=width, aspect=0.75, squeeze=False)
+        for ax in axes.flat[len(panels) :]:
+            ax.remove()
         lines = {}
-        for ax, (title, files) in zip(axes[0], panels.items()):
+        for ax, (title, files) in zip(axes.flat, panels.items()):
             for label in (label for label in looks if label in files):
                 steps, returns = read_curve(files[label])
                 plotting.learning_curve(ax, steps / 1000, returns, label=label, **looks[label])
             lines |= {line.get_label(): line for line in ax.lines}
             ax.set(title=title, xlabel="thousand environment steps")
-        axes[0, 0].set_ylabel("evaluation return")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("evaluation return")
         shown = [label for label in looks if label in lines]
         columns = min(len(shown), 2 if len(panels) == 1 else 5)
         fig.legend([lines[label] for label in shown], shown, loc="outside lower center", ncols=columns)

@@ -18,15 +18,17 @@ LAYERS = [
     {"types", "tree", "files", "hyperparameters", "provenance"},
     {"schedules"},
     {"parameterizations"},
-    {"samplers", "ode", "scores", "meanflow", "losses", "exploration", "networks."},
+    {"samplers", "ode", "scores", "entropy", "meanflow", "losses", "exploration", "networks."},
     {"envs.", "timesteps.", "guidance", "metrics"},
     {"data."},
     {"algorithms."},
-    {"checkpoint", "evaluation", "loops"},
+    {"checkpoint", "evaluation", "loops", "costs"},
     {"runs", "training", "offline", "plotting", "rendering"},
     {"sessions"},
     {"experiments"},
     {"studies", "collection", "planning"},
+    {"comparison"},
+    {"benchmark"},
     {"cli"},
 ]
 # What an algorithm may import of its own package: the bases, and the planner, since a method such as Prior
@@ -51,6 +53,8 @@ WEIGHTY_MODULES = {
     "studies",
     "collection",
     "planning",
+    "comparison",
+    "benchmark",
     "cli",
 }
 HEAVY = (

@@ -1,7 +1,9 @@
 """The command line: what its flags make of the defaults, and errors of one line."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -68,6 +70,13 @@ def test_defaults_are_the_cpu_preset_of_the_environment(asked):
     assert settings == OnlineSettings.preset("cpu", "mujoco/Hopper-v5")
 
 
+def test_defaults_of_an_on_policy_agent_are_a_preset_of_their_own(asked):
+    agent, env, settings, _ = asked("ppo", "--env", "mujoco/Hopper-v5", "--settings.num-envs", "16")
+    preset = OnlineSettings.preset("cpu", env, agent)
+    assert settings == dataclasses.replace(preset, num_envs=16)
+    assert settings.batch_size is None and settings.warmup_steps == 0
+
+
 @pytest.mark.parametrize("profile", ["default", "paper", "safe"])
 @pytest.mark.parametrize("preset", ["smoke", "cpu", "paper"])
 def test_profile_then_preset_then_flags(asked, profile, preset):
@@ -122,11 +131,17 @@ def test_bad_flags_exit_with_2(capsys, flags):
     assert flags[0].lstrip("-") in message or "batch_size is 0" in message
 
 
-def test_a_loop_that_does_not_suit_the_environment_is_refused_in_a_line(capsys, tmp_path):
-    flags = f"train sac --env toy/ring --settings.acting overlap --out {tmp_path / 'run'}"
-    assert cli.main(flags.split()) == 2
-    message = capsys.readouterr().err
-    assert "toy/ring" in message and "Remedy: acting='lockstep'" in message and "Traceback" not in message
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("sac --env toy/ring --settings.acting overlap", "toy/ring.*Remedy: acting='lockstep'"),
+        ("ppo --env toy/ring --settings.batch-size 64", "PPO is on-policy.*Remedy: batch_size=None"),
+    ],
+)
+def test_a_loop_that_does_not_suit_environment_or_agent_is_refused_in_a_line(
+    capsys, tmp_path, flags, message
+):
+    assert re.search(message, refused(capsys, "train", *flags.split(), "--out", str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
