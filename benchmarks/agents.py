@@ -2,12 +2,26 @@
 
     python benchmarks/agents.py           measures, prints a table, writes benchmarks/results/agents.json
 
-Sizes of HalfCheetah, batch 256, each agent at its "cpu" and "paper" sizes.
+Sizes of HalfCheetah, batch 256, each agent at its "cpu" and "paper" sizes, the baselines at the latter. PPO is not
+among them: its update is one of a whole rollout.
 """
 
+import dataclasses
+
+from eqgen.algorithms.aca import ACA
+from eqgen.algorithms.dacer import DACER
+from eqgen.algorithms.dipo import DIPO
+from eqgen.algorithms.dpmd import DPMD
+from eqgen.algorithms.fpmd import FPMDM, FPMDR
+from eqgen.algorithms.idem import IDEM
+from eqgen.algorithms.maxentdp import MaxEntDP
 from eqgen.algorithms.nclql import LQL, NCLQL
+from eqgen.algorithms.qsm import QSM
+from eqgen.algorithms.qvpo import QVPO
 from eqgen.algorithms.sac import SAC
+from eqgen.algorithms.sdac import SDAC
 from eqgen.algorithms.som import SOM
+from eqgen.algorithms.td3 import TD3
 from eqgen.provenance import provenance
 from measure import BATCH, TASKS, agent_costs, gemm_gflops, write
 
@@ -20,16 +34,37 @@ AGENTS = {
     "NC-LQL, Boltzmann": NCLQL.boltzmann(),
     "LQL": LQL(),
 }
+BASELINES = {
+    "TD3": TD3(),
+    "QSM": QSM(),
+    "DIPO": DIPO(),
+    "DACER": DACER(),
+    "QVPO": QVPO(),
+    "SDAC": SDAC(),
+    "DPMD": DPMD(),
+    "iDEM": IDEM(),
+    "iDEM, 500 proposals": dataclasses.replace(IDEM(), num_proposals=500),
+    "FPMD-R": FPMDR(),
+    "FPMD-M": FPMDM(),
+    "MaxEntDP": MaxEntDP(),
+    "ACA": ACA(),
+}
 # CPU-ms of public JAX implementations at the same sizes, measured on the machine and day that `hardware` names.
 REFERENCE = {
     "hardware": "2 vCPU AMD EPYC (Zen 4), 2026-11-23; 81-100 GFLOP per CPU-second",
     "SAC, NC-LQL's repository (jax 0.4.27), 3x256": {"update": 22.2, "act 1": 0.02, "act 5": 0.06},
     "NC-LQL, its repository (jax 0.4.27), 3x256": {"update": 126.7, "act 1": 0.6, "act 5": 7.6},
+    "DACER, the code of SDAC and DPMD (jax 0.4.27), 3x256, 20 steps": {"update": 229, "act 1": 0.2, "act 5": 0.56},
+    "DIPO, same, 100 steps": {"update": 264, "act 1": 0.94, "act 5": 2.8},
+    "QSM, same, 20 x 32": {"update": 638, "act 1": 5.7, "act 5": 13.1},
+    "DPMD, same, 20 x 32": {"update": 1039, "act 1": 9.1, "act 5": 23.8},
+    "SDAC, same, 20 x 32": {"update": 2682, "act 1": 7.5, "act 5": 23.5},
+    "ACA, its repository, 20 x 32": {"update": 3388, "act 1": 33.2, "act 5": 68.1},
     "SAC, flow-rl (jax 0.10.2), 2x256": {"update": 10.6, "act 1": 0.33, "act 5": 0.36},
     "NC-LQL, flow-rl, 3x256": {"update": 114, "act 1": 1.5, "act 5": 5.0},
     "QSM, flow-rl": {"update": 51, "act 1": 0.9, "act 5": 1.7},
     "SDAC, flow-rl": {"update": 1068, "act 1": 0.6, "act 5": 1.6},
-    "iDEM, flow-rl": {"update": 1897, "act 1": 1.2, "act 5": 2.5},
+    "iDEM, flow-rl, 500 proposals": {"update": 1897, "act 1": 1.2, "act 5": 2.5},
 }
 
 
@@ -46,7 +81,7 @@ def main():
     print("| agent | networks | update, CPU-ms (best wall) | act on 1 | act on 5 | first update, s |")
     print("|---|---|---|---|---|---|")
     for size in ("cpu", "paper"):
-        for name, agent in AGENTS.items():
+        for name, agent in (AGENTS if size == "cpu" else AGENTS | BASELINES).items():
             agent = agent.resized(size)
             costs = results["agents"][f"{name}, {size}"] = agent_costs(agent, obs, act)
             cell = lambda c, costs=costs: f"{costs[c]['cpu_ms']:.3g} ({costs[c]['best_wall_ms']:.3g})"

@@ -25,7 +25,9 @@ README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 PYTHONS = ("3.11", "3.12")
 ALGORITHMS = sorted(
-    path for path in ROOT.glob("eqgen/algorithms/*.py") if path.stem not in ("__init__", "base")
+    path
+    for path in ROOT.glob("eqgen/algorithms/*.py")
+    if path.stem not in ("__init__", "base", "actor_critic")
 )
 
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(?:home|root|Users|work|opt|tmp|mnt)/\w")
