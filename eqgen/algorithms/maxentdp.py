@@ -40,6 +40,10 @@ Differs from the paper and its code in:
   noise where that gives NaN; where it puts infinities or the wrong edge is left.
 - The actor's rate falls linearly over the 2e6 updates in which [C] has half a cosine.
 - The M actions are compared by the online critics, as everywhere in the frame; by the target critics in [C].
+
+Pendulum, nets of 2 x 64, K = 64, N = 4, one seed: the return rises from -1400 to -610 after 7,000 updates and is
+-810 after 9,000, where the run was cut off [T]. It has not been seen above -250, and why is not known. That
+rewards are not scaled, so that the critics have values in the hundreds to learn, is a guess [I].
 """
 
 from typing import Literal

@@ -1,9 +1,9 @@
 """TD3: twin delayed deep deterministic policy gradient.
 
-Fujimoto, van Hoof and Meger, "Addressing Function Approximation Error in Actor-Critic Methods", arXiv 1802.09477
-(2018): a deterministic actor climbs the critic, and three measures keep the critic's errors from being climbed
-instead. The target takes the minimum of two critics, the actor and the targets move less often than the critics,
-and the target's action is blurred by clipped noise (target policy smoothing).
+Fujimoto, van Hoof and Meger, "Addressing Function Approximation Error in Actor-Critic Methods",
+arXiv 1802.09477 (2018): a deterministic actor climbs the critic, and three measures keep the critic's errors from
+being climbed instead. The target takes the minimum of two critics, the actor and the targets move less often than
+the critics, and the target's action is blurred by clipped noise (target policy smoothing).
 
 Notation (paper symbol = name here):
 
