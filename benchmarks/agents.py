@@ -54,7 +54,11 @@ REFERENCE = {
     "hardware": "2 vCPU AMD EPYC (Zen 4), 2026-11-23; 81-100 GFLOP per CPU-second",
     "SAC, NC-LQL's repository (jax 0.4.27), 3x256": {"update": 22.2, "act 1": 0.02, "act 5": 0.06},
     "NC-LQL, its repository (jax 0.4.27), 3x256": {"update": 126.7, "act 1": 0.6, "act 5": 7.6},
-    "DACER, the code of SDAC and DPMD (jax 0.4.27), 3x256, 20 steps": {"update": 229, "act 1": 0.2, "act 5": 0.56},
+    "DACER, the code of SDAC and DPMD (jax 0.4.27), 3x256, 20 steps": {
+        "update": 229,
+        "act 1": 0.2,
+        "act 5": 0.56,
+    },
     "DIPO, same, 100 steps": {"update": 264, "act 1": 0.94, "act 5": 2.8},
     "QSM, same, 20 x 32": {"update": 638, "act 1": 5.7, "act 5": 13.1},
     "DPMD, same, 20 x 32": {"update": 1039, "act 1": 9.1, "act 5": 23.8},
