@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(capsys, tmp_path):
 
 def test_train_without_algorithm_names_them(capsys):
     assert cli.main(["train"]) == 2
-    assert "sac, som" in capsys.readouterr().out
+    assert "sac, sdac, som" in capsys.readouterr().out
     assert cli.main(["train", "--help"]) == 0
 
 
