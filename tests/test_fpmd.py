@@ -147,6 +147,22 @@ def test_loss_is_the_weighted_mean_of_errors(cls, getkey):
     assert float(loss) == pytest.approx(np.mean(weights_of(q, 0.7, 0.5) * errors), rel=1e-4)
 
 
+def test_terminal_states_have_no_weight(getkey):
+    agent = FPMDR.tiny()
+    state, batch, key = state_of(agent), transitions(getkey()), getkey()
+
+    @eqx.filter_jit
+    def loss(terminated, next_obs):
+        changed = dataclasses.replace(batch, terminated=terminated, next_obs=next_obs)
+        return agent.actor_loss(state.actor, state, changed, batch.action, key=key)[0]
+
+    terminated = jnp.arange(BATCH) < 3
+    elsewhere = jnp.where(terminated[:, None], batch.next_obs + 5, batch.next_obs)
+    assert_trees_close(loss(terminated, elsewhere), loss(terminated, batch.next_obs))
+    assert not np.allclose(loss(~terminated, elsewhere), loss(~terminated, batch.next_obs + 1))
+    assert float(loss(jnp.full(BATCH, True), elsewhere)) == 0.0
+
+
 class Offset(eqx.Module):
     """Critics `scale Q + offset`."""
 

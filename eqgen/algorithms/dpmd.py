@@ -15,6 +15,7 @@ Differs from the paper and its code in:
 - The critics' values are standardised before they are weighted. [C] subtracts mean / std where (q - mean) / std is
   meant, a missing bracket; here it is the latter, by running statistics of rate 1e-3 [C].
 - The weights' mean over the batch is divided out (`normalize_weights`), which Adam hardly sees [I].
+- States in which an episode ended, where no action is taken, have no weight [I].
 - Sampling starts from N(0, I), where the chain ends; [C] halves it.
 """
 
@@ -46,9 +47,9 @@ class DPMD(AbstractDiffusionAgent):
         mean, std = state.memory
         standardised = jnp.clip((q - mean) / (std + 1e-6), -self.weight_clip, self.weight_clip)
         temperature = self.temperature(state)
-        weights = jnp.exp(standardised / temperature)
+        weights = jnp.where(batch.terminated, 0.0, jnp.exp(standardised / temperature))
         if self.normalize_weights:
-            weights /= jnp.mean(weights)
+            weights /= jnp.maximum(jnp.mean(weights), 1e-6)  # if no episode of the batch goes on
         loss = self.denoising_loss(actor, batch.next_obs, next_actions, weights, key=key)
         values = (loss, jnp.max(weights), temperature)
         return loss, {f"actor/{name}": value for name, value in zip(self.reports, values, strict=True)}

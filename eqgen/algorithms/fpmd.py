@@ -22,6 +22,7 @@ Differs from the paper and its code in:
   mean over the batch is divided out: the same direction, which is all that Adam sees [I]. As in the paper [S], the
   partition function of each state is left out, so that states of high value weigh more.
 - The running deviation is that of the values of replayed actions, as in DPMD here; [C] takes the policy's.
+- Terminal states have no weight: nobody acts in them, and the critics learn nothing there [I]; [C] weighs them.
 - Sampling starts from N(0, I), where the flow is trained to start; [C] halves it.
 - More than one step of the MeanFlow advances by its length; [C] advances by the whole average velocity each time,
   which is right for one step only.
@@ -30,6 +31,10 @@ Differs from the paper and its code in:
   of r and t. The MeanFlow learns its derivative in t, and low frequencies pay: after 5,000 steps on actions whose
   mean depends on the state, one step reproduced .995 of that dependence, and .71 with the 32 rad of SOM's network;
   the rectified flow had .98 and .97 [T].
+
+On Pendulum, after 10,000 updates with 4 candidates and 2 x 64 units (one seed, two times ten episodes), evaluation
+by one step of one sample returned -154 and -217 as FPMD-R, and -609 and -639 as FPMD-M. Of 4 samples the best
+returned -150 either way: the MeanFlow's own samples are behind what the choice among them makes of them [T].
 """
 
 import dataclasses
@@ -111,7 +116,8 @@ class AbstractFPMD(AbstractActorCritic):
 
     def actor_loss(self, actor, state, batch, next_actions, *, key):
         q = jax.vmap(lambda s, a: self.q_value(state.critics, s, a))(batch.next_obs, next_actions)
-        weights = len(q) * jax.nn.softmax(q / ((state.memory + 1e-6) * self.temperature))
+        scaled, alive = q / ((state.memory + 1e-6) * self.temperature), ~batch.terminated
+        weights = len(q) * jnp.where(alive, jax.nn.softmax(scaled, where=alive), 0.0)  # also if none is alive
         error = lambda s, a, k: self.squared_error(actor, s, a, key=k)
         errors = jax.vmap(error)(batch.next_obs, next_actions, jr.split(key, len(q)))
         values = (jnp.mean(weights * errors), jnp.max(weights), state.memory)

@@ -13,20 +13,32 @@ Notation (paper symbol = name here; t = 0 is the action, as in the paper):
 
 [P] the paper, [C] the code named above, [I] inferred here, [T] tested here.
 
-Differs from the paper in: Gaussian noise of a variance-preserving chain, where the paper's variance explodes [C];
-replay is the environment's, and the actions that are noised are drawn afresh from the policy [C].
+Differs from the paper in:
+- The noise is that of a variance-preserving chain, where the paper's variance explodes [C].
+- The actions that are noised are drawn afresh from the policy at replayed observations; the paper keeps a buffer of
+  its samples [C].
+- Scores are not clipped [C]; the paper's own code clips their norm.
 
 Differs from the code in:
+- How proposals outside the box, where critics have learned nothing, are dealt with (field `proposals`). The
+  gradient of the log-sum-exp over proposals is the score of a density on the whole space. [C] clips the proposals:
+  values stop changing at the faces, but no force pulls back into the box, and the more noise, the more proposals
+  are out there. Here they are drawn from the same law truncated to the box, and their weighted mean is the
+  estimate, which is that of the density on the box and has no gradient. With the estimate itself as the noise
+  predictor of the default chain and Q = 5 (a_1 + a_2), actions have means of .79 truncated, .94 clipped, .98 free,
+  where .80 is right, and 0, 37 and 48 % of their coordinates on a face [T]. The 20 steps make all laws narrower
+  than exp(Q), .15 truncated instead of .20 [T].
 - The actions that are noised carry no exploration noise.
 - Sampling starts from N(0, I), where the chain ends; [C] halves it.
-- How the box is kept (`proposals`)
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jaxtyping import Array, Float, Key
 
 from eqgen import scores
 from eqgen.algorithms.actor_critic import AbstractDiffusionAgent
@@ -38,7 +50,9 @@ class IDEM(AbstractDiffusionAgent):
 
     num_proposals: int = 64
     """K, per noised action [C]."""
-    proposals: Literal["clipped", "free", "truncated"] = "clipped"
+    proposals: Literal["truncated", "clipped", "free"] = "truncated"
+    """Where the K clean actions come from: the normal law truncated to the box, with the gradient-free estimate
+    [I]; the normal law, clipped [C]; or as it is, which asks the critics outside the box [P]."""
     inverse_temperature: float = 1.0
     """What Q is multiplied by: 1 in [C], so that `reward_scale` sets the policy's temperature."""
 
@@ -46,9 +60,21 @@ class IDEM(AbstractDiffusionAgent):
         size: dict(fields, num_proposals=proposals)
         for (size, fields), proposals in zip(AbstractDiffusionAgent.sizes.items(), (4, 32, 64), strict=True)
     }
-    reports = ("loss", "effective_samples", "score_norm")
+    reports = ("loss", "effective_samples", "target_norm")
 
-    def score(self, q, a_t, alpha_t, sigma_t, *, key):
+    @classmethod
+    def profiles(cls) -> dict[str, Self]:
+        return {"default": cls(), "code": cls(proposals="clipped")}
+
+    def score(
+        self,
+        q: Callable[[Float[Array, " act"]], Float[Array, ""]],
+        a_t: Float[Array, " act"],
+        alpha_t: Float[Array, ""],
+        sigma_t: Float[Array, ""],
+        *,
+        key: Key[Array, ""],
+    ) -> scores.ScoreEstimate:
         """The estimate of grad log p_t(a_t), p_0 ~ exp(inverse_temperature q), by `proposals`."""
         propose = scores.truncated_proposals if self.proposals == "truncated" else scores.normal_proposals
         a_0 = propose(a_t, alpha_t, sigma_t, num_samples=self.num_proposals, key=key)

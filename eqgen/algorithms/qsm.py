@@ -29,7 +29,8 @@ Differs from the paper and its code in:
   of [L].
 - Langevin steps begin as large as the box and end with noise of deviation 0.22 [L]. They follow exp(alpha Q) where
   its logarithm bends by less than about one per step size; beyond, chains leap from face to face of the box, and
-  the choice of the best of N by the critics is what acts [I]. On Pendulum, returns of -200 to -130 with N = 4 [T].
+  the choice of the best of N by the critics is what acts [I]. On Pendulum with N = 4, returns of -200 to
+  -130 after 6,800 updates; `DenoisingQSM` has -220 to -160 after 5,800 [T].
 """
 
 from typing import Literal
