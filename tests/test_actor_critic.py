@@ -1,7 +1,8 @@
 """The frame of the actor-critics, on DPMD and SDAC: chains by hand, targets by hand, and the two losses' laws."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
+from typing import Literal, get_args, get_origin
 
 import equinox as eqx
 import jax
@@ -10,8 +11,15 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from eqgen.algorithms.dacer import DACER
 from eqgen.algorithms.dpmd import DPMD
+from eqgen.algorithms.fpmd import FPMDM, FPMDR
+from eqgen.algorithms.idem import IDEM
+from eqgen.algorithms.maxentdp import MaxEntDP
+from eqgen.algorithms.qsm import QSM, DenoisingQSM
+from eqgen.algorithms.qvpo import QVPO
 from eqgen.algorithms.sdac import SDAC
+from eqgen.algorithms.td3 import TD3
 from eqgen.envs.base import example_transition
 from eqgen.exploration import AnnealedNoise
 from eqgen.timesteps.times import DiffusionChain
@@ -255,3 +263,62 @@ def test_sdac_learns_the_noise_predictor_of_the_soft_policy():
     # 4096 proposals of which a fifth count: 3 % of the deviation of eps.
     assert float(loss) == pytest.approx(float(jnp.mean(eps**2)), rel=0.1)
     assert 200 < float(metrics["actor/effective_samples"]) < 4096
+
+
+# --- Options ---
+
+
+@cache
+def programs(agent):
+    """Update, behaviour and evaluation as JAX traces them, constants included."""
+    state = eqx.filter_eval_shape(lambda key: agent.init(example_transition((OBS,), ACT), key=key), jr.key(0))
+    update = lambda s, key: agent.update(s, transitions(jr.key(0)), key=key)
+    act = lambda s, key: [agent.act(s, jnp.ones(OBS), key=key, explore=how) for how in (True, False)]
+    return tuple(str(eqx.filter_make_jaxpr(f)(state, jr.key(1))[0]) for f in (update, act))
+
+
+NEEDED = {
+    "exploration_std": dict(exploration="constant")
+}  # fields that matter where another has the value beside it
+ELSEWHERE = {"chain", "noise"}  # modules of their own
+
+
+def other_value(field, value):
+    """Another value of a field that is supported too."""
+    choices = get_args(field.type)
+    if get_origin(field.type) is Literal:
+        return next(choice for choice in choices if choice != value)
+    match value:
+        case bool():
+            return not value
+        case None:
+            return 3
+        case int():
+            return 2 * value + 1
+        case float():
+            return 0.37 * value + 0.013
+        case tuple():
+            return (16,)
+        case str():
+            return "relu" if value != "relu" else "mish"
+
+
+AGENTS = [DACER, DPMD, FPMDM, FPMDR, IDEM, MaxEntDP, QSM, DenoisingQSM, QVPO, SDAC, TD3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", AGENTS, ids=lambda cls: cls.__name__)
+def test_no_option_is_accepted_and_ignored(cls):
+    """Every field changes a traced program, or the value is refused."""
+    ignored = []
+    for field in dataclasses.fields(cls):
+        if field.name in ELSEWHERE:
+            continue
+        agent = dataclasses.replace(cls.tiny(), **NEEDED.get(field.name, {}))
+        try:
+            other = dataclasses.replace(agent, **{field.name: other_value(field, getattr(agent, field.name))})
+        except ValueError:
+            continue
+        if programs(other) == programs(agent):
+            ignored.append(field.name)
+    assert not ignored

@@ -273,3 +273,9 @@ def test_no_option_of_its_own_is_accepted_and_ignored(cls, name):
 
 def test_flow_ratio_is_not_ignored():
     assert program(dataclasses.replace(FPMDM.tiny(), flow_ratio=0.3)) != program(FPMDM.tiny())
+
+
+def test_targets_without_noise_need_noise_on_the_choice():
+    with pytest.raises(ValueError, match="Choose noise_on='choice'"):
+        FPMDR(noisy_target_action=False)
+    assert not FPMDM(noisy_target_action=False, noise_on="choice").noisy_target_action

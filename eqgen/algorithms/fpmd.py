@@ -81,6 +81,13 @@ class AbstractFPMD(AbstractActorCritic):
     )
     reports = ("loss", "weight_max", "q_deviation")
 
+    def __check_init__(self):
+        if self.noise_on == "candidates" and not self.noisy_target_action:
+            raise ValueError(
+                "noisy_target_action=False has no candidates without noise to take where noise_on='candidates'. "
+                "Choose noise_on='choice'."
+            )
+
     def shape(self, obs_size: int, action_size: int) -> tuple[Any, ...]:
         """What the actor's network is made of."""
         num_frequencies = 8

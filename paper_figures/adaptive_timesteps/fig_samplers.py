@@ -22,7 +22,9 @@ LEAST = -0.5
 
 def draw(out: Path = HERE / "samplers") -> list[Path]:
     """Writes the figure as PDF and PNG."""
-    names = [name for name in LABELS if name != "uniform"]
+    studies = [f"{data}-{betas}" for data in DATA for betas in ("linear", "cosine", "quad")]
+    ran = lambda name: any(read(study, name) is not None for study in studies)
+    names = [name for name in LABELS if name != "uniform" and ran(name)]
     present = [data for data in DATA if read(f"{data}-linear", "uniform") is not None]
     with plotting.style():
         fig, axes = plotting.subplots(1, 3, width=plotting.TEXT_WIDTH, aspect=1.25, sharey=True)
