@@ -206,7 +206,7 @@ def test_policy_starts_nearly_uniform():
 
 
 def test_uniform_mixture():
-    sampler = AdaptiveTimesteps(CHAIN, policy="shared", uniform_share=0.3)
+    sampler = AdaptiveTimesteps(CHAIN, reward=BoundWeight(), policy="shared", uniform_share=0.3)
     raw = jnp.array([2.0, 3.0])
     state = sampler.from_network(eqx.tree_at(lambda p: p.raw, SharedPolicy(2), raw))
     a, b = np.log1p(np.exp(np.asarray(raw))) + 1e-5
@@ -234,7 +234,7 @@ def draws(a, b, share=0.0, n=1_000_000):
 def test_score_function(share, x64):
     """E[score] = 0, and E[f score] is the gradient of E[f] for f = u, whose mean is a / (a + b)."""
     a, b = 2.0, 0.7
-    sampler = AdaptiveTimesteps(CHAIN, uniform_share=share)
+    sampler = AdaptiveTimesteps(CHAIN, reward=BoundWeight(), uniform_share=share)
     u = draws(a, b, share)
     log_prob = lambda shape, u: sampler.log_prob(shape[:1], shape[1:], u)
     score = jax.jit(jax.vmap(jax.grad(log_prob), (None, 0)))(jnp.array([a, b]), u[:, None])
