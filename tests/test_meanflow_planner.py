@@ -16,6 +16,10 @@ from eqgen.guidance import CG, Unconditional
 from eqgen.meanflow import average_velocity, gaussian_flow_map
 from eqgen.parameterizations import convert
 from eqgen.schedules import VPLinear
+from eqgen.timesteps.adaptive import AdaptiveTimesteps
+from eqgen.timesteps.heuristics import StaticTimesteps
+from eqgen.timesteps.times import ContinuousTimes, FlowIntervals
+from eqgen.timesteps.weightings import Constant
 from helpers import assert_trees_close
 
 
@@ -91,3 +95,56 @@ def test_a_prior_is_learned_on_top():
     later, _ = eqx.filter_eval_shape(agent.update, state, batch, key=jr.key(0))
     assert jax.tree.structure(later) == jax.tree.structure(state)
     assert eqx.filter_eval_shape(agent.act, state, jnp.zeros(OBS), key=jr.key(0)).shape == (ACT,)
+
+
+# --- Other intervals ---
+
+
+def intervals(planner, **fields):
+    return FlowIntervals(planner.schedule, planner.t_min, 1.0, resolution=(4, 3), **fields)
+
+
+def test_given_intervals_and_weights_take_the_place_of_its_own(exact):
+    """The identity holds on every interval, so an exact velocity has no loss there; one that is off has its square
+    times the weights' mean."""
+    planner, state = exact
+    planner = dataclasses.replace(planner, loss_power=0.0)
+    states = MEAN + STD * jr.normal(jr.key(2), (64, HORIZON, OBS))
+    draw = StaticTimesteps(intervals(planner)).sample(None, 64, key=jr.key(4))
+    draw = draw._replace(weight=jnp.linspace(0.0, 4.0, 64))
+    off = lambda x, r, t: ExactMeanVelocity()(x, r, t) + 0.1
+    loss = lambda u: planner.flow_loss(u, state.teacher, states, draw, key=jr.key(3))[0]
+    assert float(jax.jit(lambda: loss(ExactMeanVelocity()))()) < 1e-4  # single precision
+    # The Jacobian-vector product of the exact velocity is rounded in single precision.
+    assert float(jax.jit(lambda: loss(off))()) == pytest.approx(2 * 0.01 * (HORIZON - 1) / HORIZON, rel=5e-2)
+
+
+@pytest.mark.slow
+def test_a_learning_sampler_looks_at_the_error_of_the_average_velocity():
+    """One update: what it saw is the drop of the error by the update, at the swept intervals."""
+    planner = MeanFlowPlanner().resized("smoke")
+    sampler = AdaptiveTimesteps(
+        intervals(planner), reward=Constant(), policy="shared", sweep=5, queue_length=4, min_rows=2
+    )
+    planner = dataclasses.replace(planner, timesteps=sampler)
+
+    update = eqx.filter_jit(lambda state, batch, key: planner.update(state, batch, key=key))
+    state = eqx.filter_jit(lambda key: planner.init(EXAMPLE, key=key))(jr.key(0))
+    batch = jax.tree.map(lambda x: jr.normal(jr.key(1), (8, *x.shape), x.dtype), EXAMPLE)
+    first, metrics = update(state, batch, jr.key(2))
+    again, _ = update(first, batch, jr.key(3))
+    before, after, later = state.timesteps, first.timesteps, again.timesteps
+    assert set(sampler.metrics(after)) <= set(metrics)
+    assert not np.array_equal(before.policy.raw, after.policy.raw)
+    np.testing.assert_array_equal(after.policy.raw, later.policy.raw)  # the second update does not look
+    assert np.all(np.isfinite(after.queue[0])) and np.any(after.queue[0] != 0)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [ContinuousTimes(SCHEDULE), FlowIntervals(SCHEDULE, 0.0, 1.0), FlowIntervals()],
+    ids=["not intervals", "another start", "another schedule"],
+)
+def test_times_of_another_kind_are_refused(times):
+    with pytest.raises(ValueError, match="FlowIntervals of its teacher's schedule"):
+        MeanFlowPlanner(timesteps=StaticTimesteps(times))

@@ -14,7 +14,8 @@ Differs from the paper in:
 - The velocity is a trained planner's, where the paper has the conditional one of each pair of data and noise [I].
 - The path is the teacher's (variance preserving), where the paper's is straight [I].
 - Row 0 of a plan, the state it begins at, stands still: both velocities are 0 there [I].
-- Intervals are SOM's, a tenth of which reach either end [I]; see `meanflow.sample_uniform_interval`.
+- Intervals are SOM's, a tenth of which reach either end [I]; see `meanflow.sample_uniform_interval`. Any timestep
+  sampler can take their place, also one that learns (`timesteps`); its look-ahead reward counts the squared error.
 """
 
 import dataclasses
@@ -26,15 +27,18 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Float, Int, Key, Scalar
+from jaxtyping import Array, Float, Int, Key, PyTree, Scalar
 
 from eqgen import meanflow, samplers
 from eqgen.algorithms.base import AbstractLearner, Size, Trained, averaging_rate
 from eqgen.algorithms.planner import Action, DiffusionPlanner, PlannerState, States
 from eqgen.data.normalizer import Normalizer
 from eqgen.guidance import AbstractGuidance, AbstractPlanner, Obs, Plan, Unconditional
+from eqgen.meanflow import Interval
 from eqgen.networks.temporal import MeanVelocityDiT1D
 from eqgen.parameterizations import convert
+from eqgen.timesteps.base import AbstractTimestepSampler, Draw
+from eqgen.timesteps.times import FlowIntervals
 from eqgen.types import Metrics
 
 
@@ -43,6 +47,8 @@ class MeanFlowPlannerState(eqx.Module):
 
     teacher: PlannerState
     mean_velocity: Trained
+    timesteps: PyTree
+    """What a timestep sampler carries along; None without one."""
     step: Int[Array, ""]
 
     @property
@@ -66,6 +72,10 @@ class MeanFlowPlanner(AbstractLearner, AbstractPlanner):
     flow_ratio: float = 0.5
     """Share of intervals with r = t."""
     endpoint_fraction: float = 0.1
+    timesteps: AbstractTimestepSampler | None = None
+    """Which intervals it learns at instead, and with what weights (`eqgen.timesteps`): `FlowIntervals` of the
+    teacher's schedule from its `t_min` to 1. `flow_ratio` and `endpoint_fraction` then say nothing; no interval
+    reaches r = 0 exactly."""
     loss_power: float = 0.5
     """p of the adaptive weight of the loss (`meanflow.adaptive_loss`); 1 in the paper."""
     loss_constant: float = 1e-3
@@ -80,6 +90,17 @@ class MeanFlowPlanner(AbstractLearner, AbstractPlanner):
         "cpu": dict(width=32, num_heads=2, learning_rate=1e-3, total_updates=10_000, average=0.999),
         "paper": dict(),
     }
+
+    def __check_init__(self):
+        if self.timesteps is None:
+            return
+        times = self.timesteps.times
+        ours = isinstance(times, FlowIntervals) and (times.schedule, times.low, times.high)
+        if ours != (self.schedule, self.t_min, 1.0):
+            raise ValueError(
+                f"MeanFlowPlanner(timesteps=...): its times are {times}; the planner's are FlowIntervals of its "
+                f"teacher's schedule {self.schedule} from t_min={self.t_min} to 1."
+            )
 
     def resized(self, size: Size) -> Self:
         """With its teacher."""
@@ -155,33 +176,48 @@ class MeanFlowPlanner(AbstractLearner, AbstractPlanner):
         eps = self.teacher.noise(teacher, x_t, t)
         return convert(eps, x_t, t, self.schedule, source="eps", target="velocity").at[0].set(0)
 
-    def flow_loss(
-        self, network: Any, teacher: PlannerState, states: States, *, key: Key[Array, ""]
+    def interval(self, *, key: Key[Array, ""]) -> Interval:
+        """One (r, t) by `flow_ratio` and `endpoint_fraction`."""
+        return meanflow.sample_uniform_interval(
+            key=key, t_min=self.t_min, flow_ratio=self.flow_ratio, endpoint_fraction=self.endpoint_fraction
+        )
+
+    def interval_loss(
+        self, network: Any, teacher: PlannerState, x_0: Plan, r: Scalar, t: Scalar, *, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The MeanFlow loss at noised plans of the data, v being the teacher's."""
+        """The MeanFlow loss on one interval at a plan noised up to t, v being the teacher's."""
+        x_t = self.schedule.perturb(x_0, jr.normal(key, x_0.shape), t).at[0].set(x_0[0])
+        u = self.masked(network)
+        return meanflow.meanflow_loss(
+            lambda x, r, t: u(x.reshape(x_0.shape), r, t).ravel(),
+            x_t.ravel(),
+            r,
+            t,
+            self.velocity(teacher, x_t, t).ravel(),
+            power=self.loss_power,
+            c=self.loss_constant,
+        )
 
-        def one(x_0, key):
+    def flow_loss(
+        self,
+        network: Any,
+        teacher: PlannerState,
+        states: States,
+        draw: Draw | None = None,
+        *,
+        key: Key[Array, ""],
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, " batch"]]]:
+        """The mean over plans of the data, at the intervals of `draw` with its weights, if it is given. The metrics
+        are those of each plan."""
+
+        def one(x_0, key, given):
             interval_key, eps_key = jr.split(key)
-            r, t = meanflow.sample_uniform_interval(
-                key=interval_key,
-                t_min=self.t_min,
-                flow_ratio=self.flow_ratio,
-                endpoint_fraction=self.endpoint_fraction,
-            )
-            x_t = self.schedule.perturb(x_0, jr.normal(eps_key, x_0.shape), t).at[0].set(x_0[0])
-            u = self.masked(network)
-            return meanflow.meanflow_loss(
-                lambda x, r, t: u(x.reshape(x_0.shape), r, t).ravel(),
-                x_t.ravel(),
-                r,
-                t,
-                self.velocity(teacher, x_t, t).ravel(),
-                power=self.loss_power,
-                c=self.loss_constant,
-            )
+            r, t = self.interval(key=interval_key) if given is None else given
+            return self.interval_loss(network, teacher, x_0, r, t, key=eps_key)
 
-        loss, metrics = jax.vmap(one)(states, jr.split(key, len(states)))
-        return jnp.mean(loss), jax.tree.map(jnp.mean, metrics)
+        keys, pairs = jr.split(key, len(states)), None if draw is None else (draw.t[:, 0], draw.t[:, 1])
+        losses, metrics = jax.vmap(one)(states, keys, pairs)
+        return jnp.mean(losses if draw is None else draw.weight * losses), metrics
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -192,11 +228,31 @@ class MeanFlowPlanner(AbstractLearner, AbstractPlanner):
         """One update on windows in the units of the environment, of which only the states are used."""
         states = state.normalizer(batch.states)
         rate = averaging_rate(self.average, state.step, debias=self.teacher.debias)
+        draw, sampler, (t_key, look_key, key) = None, self.timesteps, (None, None, key)
+        if sampler is not None:
+            t_key, look_key, key = jr.split(key, 3)
+            draw = sampler.sample(state.timesteps, len(states), x=states, key=t_key)
         mean_velocity, (loss, metrics) = state.mean_velocity.step(
-            self.optimizer, self.flow_loss, state.teacher, states, key=key, rate=rate, has_aux=True
+            self.optimizer, self.flow_loss, state.teacher, states, draw, key=key, rate=rate, has_aux=True
         )
-        metrics = {f"flow/{name}": value for name, value in metrics.items()} | {"flow/loss": loss}
-        return MeanFlowPlannerState(state.teacher, mean_velocity, state.step + 1), metrics
+        timesteps = state.timesteps
+        if sampler is not None:
+            objective = lambda network, x_0, t, key: self.interval_loss(
+                network, state.teacher, x_0, *t, key=key
+            )[1]["meanflow_error"]
+            timesteps = sampler.update(
+                timesteps,
+                draw,
+                metrics["meanflow_error"],
+                before=state.mean_velocity.online,
+                after=mean_velocity.online,
+                x=states,
+                objective=objective,
+                key=look_key,
+            )
+        metrics = {f"flow/{name}": jnp.mean(value) for name, value in metrics.items()} | {"flow/loss": loss}
+        metrics |= {} if sampler is None else sampler.metrics(timesteps)
+        return MeanFlowPlannerState(state.teacher, mean_velocity, timesteps, state.step + 1), metrics
 
     # --- Initial state ---
 
@@ -207,7 +263,12 @@ class MeanFlowPlanner(AbstractLearner, AbstractPlanner):
 
     def from_teacher(self, teacher: PlannerState, *, key: Key[Array, ""]) -> MeanFlowPlannerState:
         """A fresh network under a trained teacher."""
-        network = MeanVelocityDiT1D(teacher.obs_size, self.width, self.depth, self.num_heads, key=key)
+        network_key, timesteps_key = jr.split(key) if self.timesteps is not None else (key, None)
+        network = MeanVelocityDiT1D(teacher.obs_size, self.width, self.depth, self.num_heads, key=network_key)
+        timesteps = None
+        if self.timesteps is not None:
+            example = jnp.zeros((teacher.horizon, teacher.obs_size))
+            timesteps = self.timesteps.init(example, key=timesteps_key)
         return MeanFlowPlannerState(
-            teacher, Trained.begin(network, self.optimizer), step=jnp.zeros((), jnp.int32)
+            teacher, Trained.begin(network, self.optimizer), timesteps, step=jnp.zeros((), jnp.int32)
         )

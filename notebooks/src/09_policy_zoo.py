@@ -99,8 +99,9 @@ print("weights of the modes", weights.round(2))
 #
 # Networks, batches and learning rates are the same for all, and one draw is one action: no best of $N$, no
 # exploration noise. A method with a temperature gets the one that makes $\exp(Q)$ its aim. The others aim at
-# something else, which the table says: the best action, an improvement on what was (in mirror descent $\pi_{k+1}\propto
-# \pi_k\exp(Q/\lambda)$ again and again), or what a choice makes of it.
+# something else, which the table says: the best action, an improvement on what was (mirror descent:
+# $\pi_{k+1}\propto
+# \pi_k\exp(Q/\lambda)$, again and again), or what a choice makes of it.
 #
 # | method | learns a policy by | its aim here |
 # |---|---|---|
