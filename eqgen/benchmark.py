@@ -74,13 +74,18 @@ class Suite:
         return dataclasses.replace(own, **{name: getattr(settings, name) for name in shared})
 
 
+_CLASSIC = Suite(
+    ("gymnax/Pendulum-v1", "gymnax/MountainCarContinuous-v0"),
+    loop={"cpu": dict(total_steps=50_000, num_envs=5, checkpoint_every=10_000)},
+    agent={"cpu": dict(hidden=(64, 64))},
+    at_most={"cpu": dict(num_candidates=4, num_eval_candidates=4, num_particles=4)},
+)
 SUITES = {
     # At "cpu" one update per five steps, as in the common code of the diffusion-policy papers, of small networks.
-    "gymnax": Suite(
-        ("gymnax/Pendulum-v1", "gymnax/MountainCarContinuous-v0"),
-        loop={"cpu": dict(total_steps=50_000, num_envs=5, checkpoint_every=10_000)},
-        agent={"cpu": dict(hidden=(64, 64))},
-        at_most={"cpu": dict(num_candidates=4, num_eval_candidates=4, num_particles=4)},
+    "gymnax": _CLASSIC,
+    # Is a method slow to learn, or is it lost? Three updates where the suite above has one.
+    "gymnax-dense": dataclasses.replace(
+        _CLASSIC, loop={"cpu": _CLASSIC.loop["cpu"] | {"updates_per_iteration": 3}}
     ),
     "mujoco": Suite(
         tuple(f"mujoco/{task}-v5" for task in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid"))

@@ -474,7 +474,8 @@ def benchmark(
     OUT/table.md and OUT/curves.pdf are made. What is finished is not run again.
 
     Args:
-        suite: Which tasks: gymnax (two, for two CPU cores) or mujoco (five).
+        suite: Which tasks: gymnax (two, for two CPU cores), gymnax-dense (the same, three times the updates) or
+            mujoco (five).
         preset: How much computation: smoke (seconds), cpu, paper (one GPU); cpu if not given.
         algorithms: Which, as "som" or "som:paper" for a profile; all agents if not given.
         seeds: How many agents to train side by side for each row; 3 if not given.
@@ -492,7 +493,7 @@ def benchmark(
             raise ExperimentError("--table FOLDER stands alone: all else is in the folder's rows.")
         written = write_table(table)
     elif suite is None:
-        raise ExperimentError("benchmark needs --suite gymnax or --suite mujoco, or --table FOLDER.")
+        raise ExperimentError("benchmark needs --suite gymnax, gymnax-dense or mujoco, or --table FOLDER.")
     else:
         preset, first = preset or "cpu", seed_start or 0
         out = out or Path("runs", f"benchmark-{suite}-{preset}")
