@@ -30,6 +30,7 @@ LAYERS = [
     {"comparison"},
     {"benchmark"},
     {"cli"},
+    {"__main__"},
 ]
 # What an algorithm may import of its own package: the bases, and the planner, since a method such as Prior
 # Guidance is learned on top of a frozen one. That is what it is about, not a helper that it shares with it.
@@ -56,6 +57,7 @@ WEIGHTY_MODULES = {
     "comparison",
     "benchmark",
     "cli",
+    "__main__",
 }
 HEAVY = (
     "diffrax gymnax gymnasium mujoco flax brax matplotlib PIL imageio h5py pandas sklearn tqdm tyro".split()

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 
+import eqgen
 from eqgen import cli, experiments, sessions
 from eqgen.algorithms.sac import SAC
 from eqgen.algorithms.som import SOM
@@ -301,3 +303,10 @@ def test_compilation_cache_is_in_the_user_folder_and_can_be_chosen(tmp_path, mon
 def test_what_is_trained_from_python_only_says_so(capsys):
     assert cli.main(["train", "diffusion", "--data", "x"]) == 2
     assert "diffusion is trained from Python" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["eqgen", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("eqgen", run_name="__main__")
+    assert stop.value.code == 0 and capsys.readouterr().out.strip() == eqgen.__version__
