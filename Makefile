@@ -49,7 +49,7 @@ test: $(READY)  ## Run the tests
 	$(PYTEST)
 
 slow: $(READY)  ## Run the tests that take minutes each
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --optimize
 
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .

@@ -16,6 +16,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="do not check the shapes and types in eqgen's signatures while the tests run",
     )
+    parser.addoption(
+        "--optimize",
+        action="store_true",
+        help="compile as users do, not in two thirds of the time; what runs for long is then faster",
+    )
 
 
 def pytest_configure(config):
@@ -24,6 +29,8 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Accelerators multiply in TF32 by default, which would need tolerances wide enough to hide real errors.
     jax.config.update("jax_default_matmul_precision", "highest")
+    # Most tests compile for far longer than they run.
+    jax.config.update("jax_disable_most_optimizations", not config.getoption("--optimize"))
     # Compiled functions are kept between runs: the second run of the suite does not compile.
     jax.config.update("jax_compilation_cache_dir", str(config.rootpath / ".pytest_cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -123,7 +123,7 @@ def test_entropy(x64):
     # Terms of up to 200 cancel in single precision.
     single = entropy(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
     np.testing.assert_allclose(single, exact, rtol=1e-4, atol=3e-4)
-    assert np.all(entropy(a, b) <= 1e-12) and entropy(jnp.ones(1), jnp.ones(1))[0] == 0
+    assert np.all(entropy(a, b) <= 1e-12) and abs(entropy(jnp.ones(1), jnp.ones(1))[0]) < 1e-12
     gradient = jax.grad(lambda a, b: beta_entropy(a, b), argnums=(0, 1))
     np.testing.assert_allclose(gradient(jnp.array(1.0), jnp.array(1.0)), (0, 0), atol=1e-12)
 
@@ -414,6 +414,7 @@ def trained_pair(rate=0.0):
     return model, eqx.apply_updates(model, jax.tree.map(lambda g: -1e-3 * g, grads)), x
 
 
+@pytest.mark.slow
 def test_common_noise():
     """No step, no drop; and fresh noise hides the drop of a small step."""
     model, after, x = trained_pair()
@@ -531,6 +532,7 @@ def test_state_can_be_donated():
     assert len({x.unsafe_buffer_pointer() for x in arrays}) == len(arrays)
 
 
+@pytest.mark.slow
 def test_branch_and_scan_by_periods_agree(compiled_run):
     """A plain scan, where `update` counts and branches, is the period scan; the branch survives vmap over seeds."""
     xs = data(PERIOD)
@@ -548,6 +550,7 @@ def test_branch_and_scan_by_periods_agree(compiled_run):
     assert "cond[" in str(eqx.filter_make_jaxpr(mapped)(seeds, xs)[0])
 
 
+@pytest.mark.slow
 def test_seeds_together_are_seeds_apart(compiled_run):
     num_seeds = 4
     xs = data(PERIOD)

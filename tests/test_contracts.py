@@ -39,7 +39,7 @@ PLANNERS = [cls for cls in learners() if issubclass(cls, AbstractPlanner)]
 agents = pytest.mark.parametrize("cls", AGENTS, ids=lambda cls: cls.__name__)
 agents_and_planners = pytest.mark.parametrize("cls", AGENTS + PLANNERS, ids=lambda cls: cls.__name__)
 # Each of these tests compiles an update again, which takes minutes for all: by default for some of each kind.
-QUICK = {"SAC", "NCLQL", "DPMD", "PPO"}
+QUICK = {"SAC", "PPO"}
 some_by_default = pytest.mark.parametrize(
     "cls",
     [

@@ -212,7 +212,10 @@ DATA = ExampleData(np.asarray(ring(64, key=jr.key(9))))
 LOOP = OfflineSettings(batch_size=8, log_every=7, checkpoint_every=4)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "adaptive flow" else []) for name in SAMPLERS],
+)
 def test_every_timestep_sampler_trains_it_and_goes_on_exactly(name, tmp_path):
     """Two seeds side by side, saved after 4 of 7 updates, which is in the middle of a period, and loaded."""
     learner = learner_with(name)
@@ -282,6 +285,7 @@ def test_labels_are_learnt_and_guide():
     assert 0.3 < share < 0.7  # a half, 4 standard errors of 200 draws, and a network that is not exact
 
 
+@pytest.mark.slow
 def test_dropout_is_off_where_models_are_judged():
     learner = dataclasses.replace(Diffusion().resized("smoke"), dropout=0.5, timesteps=StaticTimesteps(CHAIN))
     state = learner.init(Examples(jnp.zeros((1, 8, 8))), key=jr.key(0))
@@ -300,7 +304,11 @@ def test_dropout_is_off_where_models_are_judged():
 
 @pytest.mark.parametrize(
     ("shape", "network"),
-    [((4,), "VectorDenoiser"), ((8, 2), "DiT1D"), ((1, 8, 8), "UNet2D")],
+    [
+        ((4,), "VectorDenoiser"),
+        pytest.param((8, 2), "DiT1D", marks=pytest.mark.slow),
+        pytest.param((1, 8, 8), "UNet2D", marks=pytest.mark.slow),
+    ],
 )
 def test_the_network_fits_the_example(shape, network):
     learner = Diffusion(AdaptiveTimesteps(CHAIN)).resized("smoke")

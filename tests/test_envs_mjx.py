@@ -136,6 +136,7 @@ def test_resets_have_gymnasiums_laws():
                 assert kstest(ours[:, i], theirs[:, i]).pvalue > 2e-5, (name, i)
 
 
+@pytest.mark.slow
 def test_states_of_a_batch_are_small_and_reset_on_their_own():
     env = make("mjx/InvertedPendulum-v5")
     keys = jr.split(jr.key(0), 3)
@@ -150,6 +151,7 @@ def test_states_of_a_batch_are_small_and_reset_on_their_own():
     assert sum(x[0].size for x in jax.tree.leaves(state)) < 10
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own(tmp_path):
     file = tmp_path / "ball.xml"
     file.write_text(

@@ -119,6 +119,7 @@ def test_weights_of_windows_and_of_the_first_step():
     assert loss(batch.weight, first_step_weight=10.0) == pytest.approx(plain + 9 * row_1, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_timesteps_are_uniform_unless_another_sampler_is_named():
     plain = tiny()
     times = ContinuousTimes(plain.schedule, plain.t_min)
@@ -154,7 +155,7 @@ def test_labels_are_dropped_at_the_rate_that_is_asked():
 # --- Inverse dynamics ---
 
 
-@pytest.mark.parametrize("kind", ["diffusion", "mlp"])
+@pytest.mark.parametrize("kind", [pytest.param("diffusion", marks=pytest.mark.slow), "mlp"])
 def test_inverse_dynamics_recovers_actions(kind):
     """T7: s' = s + a, so that a is the difference; sampled actions lie in [-1, 1]."""
     planner = tiny(
@@ -326,6 +327,7 @@ def test_settings_that_make_no_sense_are_refused(fields):
         DiffusionPlanner(**fields)
 
 
+@pytest.mark.slow
 def test_the_unet_and_the_guided_planner_update():
     """Options that no other test trains: shapes and structure, without compiling."""
     planner, batch = tiny(network="unet", conditional=True, classifier=True), windows(jr.key(1), 4)

@@ -77,7 +77,7 @@ def test_a_run_says_what_it_is_of(planner, data):
     assert planner.clock == "update" and [r["update"] for r in planner.metrics()] == [2, 2, 4, 4]
 
 
-@pytest.mark.parametrize("which", ["planner", "prior"])
+@pytest.mark.parametrize("which", ["planner", pytest.param("prior", marks=pytest.mark.slow)])
 def test_resumed_runs_equal_whole_ones(which, request, tmp_path):
     """As if it had been stopped after the first of two checkpoints; the later one is damaged."""
     whole = request.getfixturevalue(which)

@@ -122,7 +122,11 @@ def test_an_mp4_has_the_size_and_the_frames(tmp_path, getkey):
 
 @pytest.mark.parametrize(
     "name, every, fps",
-    [("mujoco/Hopper-v5", 5, 25), ("mujoco/HalfCheetah-v5", 1, 20), ("mjx/InvertedPendulum-v5", 1, 25)],
+    [
+        ("mujoco/Hopper-v5", 5, 25),
+        ("mujoco/HalfCheetah-v5", 1, 20),
+        pytest.param("mjx/InvertedPendulum-v5", 1, 25, marks=pytest.mark.slow),
+    ],
 )
 def test_mujoco_is_drawn_off_screen_at_true_speed(name, every, fps, tmp_path, getkey):
     env = make(name)

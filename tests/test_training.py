@@ -99,7 +99,7 @@ def test_records_have_the_returns_of_finished_episodes_and_the_schedule_of_steps
     assert all(r["seed"] == 7 for r in records)
 
 
-@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("trained", ["sac", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_training_2n_equals_n_stopped_and_n_more_to_the_last_bit(trained):
     env, (agent, settings) = make("gymnax/Pendulum-v1"), TRAINED[trained]
     records, whole = run(agent, env, settings)
@@ -109,6 +109,7 @@ def test_training_2n_equals_n_stopped_and_n_more_to_the_last_bit(trained):
     assert_trees_close(again, whole, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_seed_does_not_depend_on_the_seeds_beside_it():
     env, agent = make("gymnax/Pendulum-v1"), SAC.tiny()
     settings = dataclasses.replace(SETTINGS, eval_every=0)
@@ -137,7 +138,10 @@ def test_host_and_jax_loops_store_and_learn_alike(acting):
     assert bool(jnp.isfinite(records[-1]["critic/loss"]))
 
 
-@pytest.mark.parametrize("trained, acting", [("sac", "lockstep"), ("sac", "overlap"), ("ppo", "lockstep")])
+@pytest.mark.parametrize(
+    "trained, acting",
+    [("sac", "lockstep"), ("sac", "overlap"), pytest.param("ppo", "lockstep", marks=pytest.mark.slow)],
+)
 def test_host_training_goes_on_to_the_last_bit(trained, acting):
     env, (agent, settings) = make("mujoco/InvertedPendulum-v5"), TRAINED[trained]
     settings = dataclasses.replace(settings, acting=acting)
