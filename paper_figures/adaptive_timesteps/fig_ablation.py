@@ -33,7 +33,7 @@ def draw(out: Path = HERE / "ablation") -> list[Path]:
     """Writes the figure as PDF and PNG."""
     uniform = read("digits-linear", "uniform")
     with plotting.style():
-        fig, ax = plotting.subplots(1, 1, width=plotting.COLUMN_WIDTH, aspect=0.8)
+        fig, ax = plotting.subplots(1, 1, width=plotting.COLUMN_WIDTH, aspect=0.85, layout="constrained")
         ax.axvline(1, color="0.6", linewidth=0.8)
         runs = {
             name: read("digits-linear" if name == "adaptive" else "digits-linear-ablation", name)
@@ -50,7 +50,7 @@ def draw(out: Path = HERE / "ablation") -> list[Path]:
         ax.set_yticks(range(len(runs)), [ROWS[name] for name in runs])
         ax.invert_yaxis()
         ax.set(xlabel="times fewer than uniform's")
-        ax.legend(loc="lower left")
+        fig.legend(loc="outside upper center", ncols=2)
         return plotting.save(fig, out)
 
 

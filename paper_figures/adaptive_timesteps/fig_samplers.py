@@ -27,7 +27,9 @@ def draw(out: Path = HERE / "samplers") -> list[Path]:
     names = [name for name in LABELS if name != "uniform" and ran(name)]
     present = [data for data in DATA if read(f"{data}-linear", "uniform") is not None]
     with plotting.style():
-        fig, axes = plotting.subplots(1, 3, width=plotting.TEXT_WIDTH, aspect=1.25, sharey=True)
+        fig, axes = plotting.subplots(
+            1, 3, width=plotting.TEXT_WIDTH, aspect=1.3, sharey=True, layout="constrained"
+        )
         for ax, betas in zip(axes, ("linear", "cosine", "quad")):
             ax.axvline(0, color="0.6", linewidth=0.8)
             metric = "bound_but_last" if betas == "cosine" else "bound"
@@ -57,7 +59,7 @@ def draw(out: Path = HERE / "samplers") -> list[Path]:
             ax.set(title=betas, xlim=(LEAST - 0.05, 0.4), xlabel="bits per dimension gained")
         axes[0].set_yticks(range(len(names)), [LABELS[name] for name in names])
         axes[0].invert_yaxis()
-        axes[1].legend(loc="upper right")
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(present))
         return plotting.save(fig, out)
 
 
