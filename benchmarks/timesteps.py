@@ -3,10 +3,10 @@
     python benchmarks/timesteps.py         measures, prints a table, writes benchmarks/results/timesteps.json
 
 A diffusion model of 8x8 images with T = 1000 in batches of 128, as a small MLP (in which everything besides the
-network shows) and as a wide one (in which little should). Times are of 120 updates in one compiled loop, three
-periods of the default sampler, all samplers in turn and the whole round twice. The cost model counts the forward
-passes of looks over those of training, 2 (T' + |S| m) / (3 B f_S), a backward pass as two (specification of the
-adaptive sampler, section 9); the policy's own passes are not in it.
+network shows), as a wide one (in which little should) and as a U-Net. Times are of 120 updates in one compiled
+loop, three periods of the default sampler (of the U-Net 40, one period), all samplers in turn and the whole round
+twice. The cost model counts the forward passes of looks over those of training, 2 (T' + |S| m) / (3 B f_S), a
+backward pass as two (specification of the adaptive sampler, section 9); the policy's own passes are not in it.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ from measure import timed, write
 
 
 CHAIN = DiffusionChain(1000)
-BATCH, UPDATES, ROUNDS = 128, 120, 2
+BATCH, ROUNDS = 128, 2
+UPDATES = {"mlp": 120, "wide": 120, "unet": 40}
 SAMPLERS = {
     "uniform": StaticTimesteps(CHAIN),
     "second moment": SecondMomentTimesteps(CHAIN),
@@ -43,11 +44,12 @@ SAMPLERS = {
 NETWORKS = {
     "mlp": Diffusion(network="mlp").resized("cpu"),
     "wide": dataclasses.replace(Diffusion(network="mlp").resized("cpu"), hidden=(1024, 1024, 1024)),
+    "unet": Diffusion(network="unet").resized("cpu"),
 }
 
 
-def loop(learner: Diffusion, data: ExampleData):
-    """A call that trains for `UPDATES` updates."""
+def loop(learner: Diffusion, data: ExampleData, updates: int):
+    """A call that trains for so many updates."""
     state = learner.init(Examples(data.examples().x[0]), key=jr.key(0))
 
     @eqx.filter_jit
@@ -56,7 +58,7 @@ def loop(learner: Diffusion, data: ExampleData):
             sample_key, update_key = jr.split(jr.fold_in(jr.key(1), i))
             return learner.update(state, data.sample(BATCH, key=sample_key), key=update_key)[0]
 
-        return filter_fori_loop(0, UPDATES, body, state)
+        return filter_fori_loop(0, updates, body, state)
 
     return lambda: train(state, data)
 
@@ -67,8 +69,9 @@ def measure(network: str) -> dict[str, dict[str, float]]:
     learners = {
         name: dataclasses.replace(NETWORKS[network], timesteps=sampler) for name, sampler in SAMPLERS.items()
     }
-    calls = {name: loop(learner, data) for name, learner in learners.items()}
-    rounds = [{name: timed(call, 3, calls=UPDATES) for name, call in calls.items()} for _ in range(ROUNDS)]
+    updates = UPDATES[network]
+    calls = {name: loop(learner, data, updates) for name, learner in learners.items()}
+    rounds = [{name: timed(call, 3, calls=updates) for name, call in calls.items()} for _ in range(ROUNDS)]
     rows = {}
     for name, learner in learners.items():
         best = {key: min(each[name][key] for each in rounds) for key in ("cpu_ms", "best_wall_ms")}
