@@ -504,6 +504,37 @@ def benchmark(
         print(path)
 
 
+def sweep(
+    file: Positional[Path],
+    out: Path | None = None,
+    engine: str = "local",
+    workers: int = 1,
+    dry_run: bool = False,
+) -> None:
+    """Run every combination in a TOML file, or go on with that.
+
+    What FILE holds, `eqgen.sweeps` explains by an example. Each combination is a run in OUT/runs; what is complete
+    is not run again. OUT/summary.md says what came out.
+
+    Args:
+        file: The sweep, *.toml.
+        out: The folder, new or to go on with; runs/FILE's name if not given.
+        engine: local, or ray: a Ray cluster that is running already.
+        workers: Processes beside each other, of the local engine.
+        dry_run: Only lists the runs.
+    """
+    from eqgen import sweeps
+
+    wanted = sweeps.Sweep.read(file)
+    if dry_run:
+        print("\n".join(wanted.runs()))
+        return
+    written = sweeps.run_sweep(wanted, out or Path("runs", file.stem), engine=engine, workers=workers)
+    print(written[0].read_text())
+    for path in written:
+        print(path)
+
+
 def list_() -> None:
     """List algorithms and environments."""
     from eqgen import experiments
@@ -525,5 +556,6 @@ _COMMANDS = {
     "render": render,
     "data": data,
     "benchmark": benchmark,
+    "sweep": sweep,
     "list": list_,
 }

@@ -27,7 +27,7 @@ LAYERS = [
     {"sessions"},
     {"experiments"},
     {"studies", "collection", "planning"},
-    {"comparison"},
+    {"comparison", "sweeps"},
     {"benchmark"},
     {"cli"},
     {"__main__"},
