@@ -153,7 +153,7 @@ def test_table_is_made_again_from_the_rows(suite, capsys):
 
 def test_mistakes_are_one_line_that_names_what_there_is(suite, capsys, tmp_path):
     start = ("benchmark", "--out", str(tmp_path / "x"), "--suite")
-    assert "no suite 'gymnas'. Choose from gymnax, mujoco" in refused(capsys, *start, "gymnas")
+    assert "no suite 'gymnas'. Choose from gymnax, gymnax-dense, mujoco" in refused(capsys, *start, "gymnas")
     assert "Choose from smoke, cpu, paper" in refused(capsys, *start, "gymnax", "--preset", "big")
     assert f"Choose from {ENV}, gymnax/MountainCar" in refused(capsys, *start, "gymnax", "--envs", "Pendulum")
     assert "Did you mean sac" in refused(capsys, *start, "gymnax", "--algorithms", "sca")
