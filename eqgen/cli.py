@@ -504,6 +504,33 @@ def benchmark(
         print(path)
 
 
+def report(paths: Positional[tuple[Path, ...]] = (Path("runs"),), out: Path = Path("report.html")) -> None:
+    """Write one page of HTML about runs: curves, a table, in what settings differ, clips.
+
+    The page holds all it shows and opens offline.
+
+    Args:
+        paths: Runs, or folders with runs somewhere below; runs/ if not given.
+        out: The page.
+    """
+    from eqgen import reporting
+
+    print(reporting.write_report(paths, out))
+
+
+def watch(run: Positional[Path], every: float = 2.0, once: bool = False) -> None:
+    """Follow a run in the terminal, until it is complete.
+
+    Args:
+        run: The run directory.
+        every: Seconds between looks.
+        once: Look once.
+    """
+    from eqgen import reporting
+
+    reporting.watch(run, every=every, once=once)
+
+
 def sweep(
     file: Positional[Path],
     out: Path | None = None,
@@ -557,5 +584,7 @@ _COMMANDS = {
     "data": data,
     "benchmark": benchmark,
     "sweep": sweep,
+    "report": report,
+    "watch": watch,
     "list": list_,
 }
