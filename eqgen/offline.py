@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key, PyTree
 
 from eqgen.algorithms.base import AbstractLearner, Size
+from eqgen.devices import spread_batches, spread_seeds, training_mesh
 from eqgen.loops import INIT, TRAIN, NonFiniteError, run_key
 from eqgen.tree import filter_fori_loop
 
@@ -101,10 +102,12 @@ def train_offline(
     **Raises:** `NonFiniteError` when a metric is NaN or infinite; nothing is yielded for that chunk.
     """
     total, begun = learner.total_updates, time.perf_counter()
+    mesh = training_mesh(len(seeds), settings.batch_size)
+    state = OfflineState(spread_seeds(state.learner, mesh), state.update)
     while (first := int(state.update)) < total:
         everies = [every for every in (settings.log_every, settings.checkpoint_every) if every]
         stop = min(total, *((first // every + 1) * every for every in everies))
-        kept = learner, data, settings.batch_size, jnp.asarray(seeds)
+        kept = learner, data, settings.batch_size, mesh, jnp.asarray(seeds)
         learned, sums = _chunk(*kept, state.learner, state.update, jnp.int32(stop))
         sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
         state = OfflineState(learned, jnp.int32(stop))
@@ -120,16 +123,14 @@ def train_offline(
 
 
 @eqx.filter_jit
-def _chunk(learner, data, batch_size, seeds, states, start, stop):
+def _chunk(learner, data, batch_size, mesh, seeds, states, start, stop):
     """Updates start..stop of all seeds, and the sums of their metrics."""
 
     def update(i, states):
-        def one(seed, state):
-            sample_key, update_key = jr.split(run_key(seed, TRAIN, i))
-            batch = data.sample(batch_size, key=sample_key)
-            return learner.update(state, batch, key=update_key)
-
-        return eqx.filter_vmap(one)(seeds, states)
+        keys = jax.vmap(lambda seed: jr.split(run_key(seed, TRAIN, i)))(seeds)
+        batches = eqx.filter_vmap(lambda key: data.sample(batch_size, key=key))(keys[:, 0])
+        one = lambda state, batch, key: learner.update(state, batch, key=key)
+        return eqx.filter_vmap(one)(states, spread_batches(batches, mesh), keys[:, 1])
 
     def body(i, carry):
         states, sums = carry

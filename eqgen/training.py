@@ -18,6 +18,7 @@ from jaxtyping import Array, Key, PyTree
 
 from eqgen.algorithms.base import AbstractAgent, AbstractOnPolicyAgent, Size
 from eqgen.data.replay import ReplayBuffer
+from eqgen.devices import spread_seeds, training_mesh
 from eqgen.envs.base import AbstractEnv, example_transition
 from eqgen.evaluation import rollout_returns
 from eqgen.loops import EVAL, INIT, HostLoop, JaxLoop, NonFiniteError, OnlineState, run_key
@@ -208,6 +209,13 @@ def _start(loop, agent, env, settings, seeds):
     return OnlineState(agents, replay, env_state, obs, returns, iteration=jnp.int32(0))
 
 
+def _spread(state, env, mesh):
+    """Where there are several devices, each gets some of the seeds; what host environments keep stays here."""
+    parts = ("agent", "replay", "obs", "episode_return", *(("env",) if isinstance(env, AbstractEnv) else ()))
+    on_devices = {name: spread_seeds(getattr(state, name), mesh) for name in parts}
+    return dataclasses.replace(state, **on_devices)
+
+
 def init_online(
     agent: AbstractAgent, env: Any, settings: OnlineSettings, *, seeds: Sequence[int]
 ) -> OnlineState:
@@ -251,6 +259,7 @@ def train_online(
             if settings.eval_every:
                 _evaluate(records, agent, env, settings, state)
             yield Progress(0, 0, records, state)
+        state = _spread(state, env, training_mesh(len(seeds)))
         while (first := int(state.iteration)) < settings.total_steps // settings.num_envs:
             stop, learning = _next_stop(first, settings)
             state, sums = loop.advance(state, stop, learning)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first: a module imports from the lines above its own. "package." stands for all modules of a package,
 # which may also import one another. A new module has to be entered.
 LAYERS = [
-    {"types", "tree", "files", "hyperparameters", "provenance"},
+    {"types", "tree", "devices", "files", "hyperparameters", "provenance"},
     {"schedules"},
     {"parameterizations"},
     {"samplers", "ode", "scores", "entropy", "meanflow", "losses", "exploration", "networks."},
