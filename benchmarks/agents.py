@@ -1,12 +1,16 @@
 """What an update and an action of each agent cost.
 
     python benchmarks/agents.py           measures, prints a table, writes benchmarks/results/agents.json
+    python benchmarks/agents.py iDEM      some of them (all whose names begin so); the others are kept as they were
 
-Sizes of HalfCheetah, batch 256, each agent at its "cpu" and "paper" sizes, the baselines at the latter. PPO is not
+Sizes of HalfCheetah, batch 256, each agent at its "cpu" and "paper" sizes, the baselines as they are by default,
+which is the latter. PPO is not
 among them: its update is one of a whole rollout.
 """
 
 import dataclasses
+import json
+import sys
 
 from eqgen.algorithms.aca import ACA
 from eqgen.algorithms.dacer import DACER
@@ -23,7 +27,7 @@ from eqgen.algorithms.sdac import SDAC
 from eqgen.algorithms.som import SOM
 from eqgen.algorithms.td3 import TD3
 from eqgen.provenance import provenance
-from measure import BATCH, TASKS, agent_costs, gemm_gflops, write
+from measure import BATCH, RESULTS, TASKS, agent_costs, gemm_gflops, write
 
 
 AGENTS = {
@@ -72,28 +76,31 @@ REFERENCE = {
 }
 
 
-def main():
+def main(names):
     obs, act = TASKS["HalfCheetah"]
-    results = {
-        "sizes": {"observation": obs, "action": act, "batch": BATCH},
-        "provenance": provenance(),
-        "gemm_gflop": gemm_gflops(),
-        "agents": {},
-        "reference": REFERENCE,
+    path = RESULTS / "agents.json"
+    results = json.loads(path.read_text()) if names and path.exists() else {"agents": {}}
+    results["sizes"] = {"observation": obs, "action": act, "batch": BATCH}
+    results["reference"] = REFERENCE
+    shared = {"provenance": provenance(), "gemm_gflop": gemm_gflops()}
+    results |= {} if names else shared
+    agents = {
+        f"{name}, {size}": agent.resized(size) for size in ("cpu", "paper") for name, agent in AGENTS.items()
     }
-    print(f"matrix product, GFLOP: {results['gemm_gflop']}")
+    agents |= {f"{name}, paper": agent for name, agent in BASELINES.items()}
+    print(f"matrix product, GFLOP: {shared['gemm_gflop']}")
     print("| agent | networks | update, CPU-ms (best wall) | act on 1 | act on 5 | first update, s |")
     print("|---|---|---|---|---|---|")
-    for size in ("cpu", "paper"):
-        for name, agent in (AGENTS if size == "cpu" else AGENTS | BASELINES).items():
-            agent = agent.resized(size)
-            costs = results["agents"][f"{name}, {size}"] = agent_costs(agent, obs, act)
-            cell = lambda c, costs=costs: f"{costs[c]['cpu_ms']:.3g} ({costs[c]['best_wall_ms']:.3g})"
-            line = " | ".join(map(cell, ("update", "act 1", "act 5")))
-            width = f"{len(agent.hidden)}x{agent.hidden[0]}"
-            print(f"| {name}, {size} | {width} | {line} | {costs['first update']['wall_s']} |", flush=True)
+    for name, agent in agents.items():
+        if names and not name.startswith(tuple(names)):
+            continue
+        costs = results["agents"][name] = agent_costs(agent, obs, act) | (shared if names else {})
+        cell = lambda c, costs=costs: f"{costs[c]['cpu_ms']:.3g} ({costs[c]['best_wall_ms']:.3g})"
+        line = " | ".join(map(cell, ("update", "act 1", "act 5")))
+        width = f"{len(agent.hidden)}x{agent.hidden[0]}"
+        print(f"| {name} | {width} | {line} | {costs['first update']['wall_s']} |", flush=True)
     write("agents", results)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
