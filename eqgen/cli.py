@@ -504,6 +504,30 @@ def benchmark(
         print(path)
 
 
+def export(
+    run: Positional[Path],
+    out: Path | None = None,
+    trained_seed: int | None = None,
+    batch: int | None = None,
+    platforms: tuple[str, ...] = ("cpu", "cuda"),
+) -> None:
+    """Write a run's policy as one file that runs without eqgen.
+
+    How to act by it, `eqgen.deployment` says: five lines of JAX.
+
+    Args:
+        run: The run directory.
+        out: The file; policy.zip in the run if not given.
+        trained_seed: Whose policy; the first of the run if not given.
+        batch: How many observations at once; one, without a batch axis, if not given.
+        platforms: Where it is to run, of cpu, cuda, rocm, tpu.
+    """
+    from eqgen import deployment
+
+    options = dict(trained_seed=trained_seed, batch=batch, platforms=platforms)
+    print(deployment.export_policy(run, out or run / "policy.zip", **options))
+
+
 def report(paths: Positional[tuple[Path, ...]] = (Path("runs"),), out: Path = Path("report.html")) -> None:
     """Write one page of HTML about runs: curves, a table, in what settings differ, clips.
 
@@ -583,6 +607,7 @@ _COMMANDS = {
     "render": render,
     "data": data,
     "benchmark": benchmark,
+    "export": export,
     "sweep": sweep,
     "report": report,
     "watch": watch,

@@ -192,7 +192,7 @@ def eqgen_commands() -> list[str]:
 
 @pytest.mark.parametrize("line", eqgen_commands())
 def test_commands_parse(line, monkeypatch):
-    from eqgen import cli, experiments, planning
+    from eqgen import cli, deployment, experiments, planning, reporting
 
     monkeypatch.setattr(planning, "is_planning", lambda run: "planner" in str(run))
     results = {"algorithm": "", "env": "", "env_step": 0, "policy": "", "seeds": []}
@@ -202,6 +202,8 @@ def test_commands_parse(line, monkeypatch):
     for name in ("train", "train_on_planner", "resume", "evaluate"):
         answer = answers.get(name)
         monkeypatch.setattr(planning, name, lambda *args, _answer=answer, **kwargs: _answer)
+    for module, name in ((reporting, "write_report"), (reporting, "watch"), (deployment, "export_policy")):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: "")
     assert cli.main(shlex.split(line, comments=True)[1:]) == 0
 
 
