@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import equinox as eqx
@@ -298,6 +299,10 @@ def main(names: Sequence[str]) -> None:
     path = RESULTS / "peers.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in names or MATCHES:
+        module = MATCHES[name].peer.removesuffix("-rl")
+        if find_spec(module) is None:
+            print(f"{name}: left out, since there is no {MATCHES[name].peer}: pip install -e '.[peers]'")
+            continue
         print(name, flush=True)
         results[name] = play(MATCHES[name])
         write("peers", results)

@@ -277,7 +277,7 @@ def _run_here(folder, names, *, verbose, written, **_):
 
 def _run_in_processes(folder, names, *, workers, verbose, written, **_):
     waiting = [name for name in names if not complete(folder / "runs" / name)]
-    busy, errors = {}, {}
+    busy, errors, stopping = {}, {}, False
     with StopOnSignal() as stop:
         while busy or (waiting and not stop.signal):
             while waiting and len(busy) < workers and not stop.signal:
@@ -288,8 +288,8 @@ def _run_in_processes(folder, names, *, workers, verbose, written, **_):
                     busy[name] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
                 _say(verbose, name, "begun")
             time.sleep(0.2)
-            if stop.signal and waiting is not None:
-                waiting = None
+            if stop.signal and not stopping:
+                stopping = True
                 for process in busy.values():
                     process.terminate()
             for name, process in list(busy.items()):
@@ -322,12 +322,12 @@ def _run_on_ray(folder, names, *, sweep, verbose, written, **_):
     remote = ray.remote(**resources, max_retries=RETRIES)(_resume_remotely)
     paths = [(folder / "runs" / name).resolve() for name in names]
     tasks = {remote.remote(str(path)): name for name, path in zip(names, paths) if not complete(path)}
-    errors, cancelled = {}, False
+    errors, stopping = {}, False
     with StopOnSignal() as stop:
         while tasks:
             finished, _ = ray.wait(list(tasks), num_returns=1, timeout=1)
-            if stop.signal and not cancelled:
-                cancelled = True
+            if stop.signal and not stopping:
+                stopping = True
                 for task in tasks:
                     ray.cancel(task)  # an interrupt in the worker, which saves
             for task in finished:
@@ -335,10 +335,10 @@ def _run_on_ray(folder, names, *, sweep, verbose, written, **_):
                 try:
                     error = ray.get(task)
                 except ray.exceptions.RayError as lost:
-                    error = None if cancelled else f"{type(lost).__name__}, after {RETRIES} retries"
+                    error = None if stopping else f"{type(lost).__name__}, after {RETRIES} retries"
                 if error is not None:
                     errors[name] = error
-                _say(verbose, name, "failed" if name in errors else "stopped" if cancelled else "done")
+                _say(verbose, name, "failed" if name in errors else "stopped" if stopping else "done")
                 written(errors)
     if stop.signal:
         raise Interrupted("All runs are saved. The same command goes on from there.", stop.signal)
