@@ -391,14 +391,9 @@ def evaluate(
         replan_every: Steps for which a planner's plan is followed; 1 if not given.
     """
     from eqgen import experiments, planning
-    from eqgen.guidance import scheme
 
     if planning.is_planning(run):
-        try:
-            chosen = None if guidance is None else scheme(guidance)
-        except ValueError as error:
-            raise experiments.ExperimentError(str(error)) from error
-        given = {"episodes": episodes, "guidance": chosen, "replan_every": replan_every}
+        given = {"episodes": episodes, "guidance": _guidance(guidance), "replan_every": replan_every}
         given = {name: value for name, value in given.items() if value is not None}
         results = planning.evaluate(run, seed=seed, **given)
     elif guidance is not None or replan_every is not None:
@@ -442,6 +437,7 @@ def render(
     trained_seed: int | None = None,
     episodes: int | None = None,
     seed: int = 0,
+    guidance: str | None = None,
 ) -> None:
     """Make a clip of what a run's policy does, as GIF or MP4.
 
@@ -451,11 +447,29 @@ def render(
         trained_seed: Whose policy; the first of the run if not given.
         episodes: How many; one if not given.
         seed: Of the episodes.
+        guidance: How a planner makes plans, as for `eqgen evaluate`.
     """
-    from eqgen import experiments
+    from eqgen import experiments, planning
 
-    path, returns = experiments.render(run, out, trained_seed=trained_seed, episodes=episodes, seed=seed)
+    options = dict(trained_seed=trained_seed, episodes=episodes, seed=seed)
+    if planning.is_planning(run):
+        path, returns = planning.render(run, out, guidance=_guidance(guidance), **options)
+    elif guidance is not None:
+        raise experiments.ExperimentError("--guidance is for planners; this run is of an agent.")
+    else:
+        path, returns = experiments.render(run, out, **options)
     print(f"{path}  (return {', '.join(f'{x:.1f}' for x in returns)})")
+
+
+def _guidance(name: str | None) -> Any:
+    """The scheme of that name."""
+    from eqgen.guidance import scheme
+    from eqgen.sessions import ExperimentError
+
+    try:
+        return None if name is None else scheme(name)
+    except ValueError as error:
+        raise ExperimentError(str(error)) from error
 
 
 def benchmark(

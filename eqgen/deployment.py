@@ -32,7 +32,7 @@ import jax.random as jr
 import numpy as np
 from jax import export
 
-from eqgen.experiments import trained_policies
+from eqgen.experiments import seed_index, trained_policies
 from eqgen.files import replacing
 from eqgen.provenance import provenance
 from eqgen.runs import Run
@@ -70,11 +70,8 @@ def export_policy(
     if batch is not None and batch < 1:
         raise ExperimentError(f"batch is {batch}; it must be at least 1.")
     experiment, env, policies, step = trained_policies(run)
-    seed = experiment.seeds[0] if trained_seed is None else trained_seed
-    if seed not in experiment.seeds:
-        known = ", ".join(map(str, experiment.seeds))
-        raise ExperimentError(f"{run} has no seed {seed}; it has {known}.")
-    policy = policies[experiment.seeds.index(seed)]
+    index = seed_index(run, experiment.seeds, trained_seed)
+    policy = policies[index]
 
     def act(obs, noise_seed):
         key = jr.key(noise_seed)
@@ -96,7 +93,7 @@ def export_policy(
         "seed": {"shape": [], "dtype": "uint32"},
         "action": {"shape": [*leading, env.action_dim], "dtype": "float32", "range": [-1.0, 1.0]},
         "platforms": list(platforms),
-        "trained": {"seed": seed, "env_step": step, "settings": Run.open(run).settings},
+        "trained": {"seed": experiment.seeds[index], "env_step": step, "settings": Run.open(run).settings},
         "provenance": provenance(),
     }
     with replacing(Path(out)) as temporary:

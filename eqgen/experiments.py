@@ -304,16 +304,33 @@ def render(
 
     **Returns:** the file written and the return of each episode as far as it is shown.
     """
+    experiment, env, policies, _ = trained_policies(out)
+    policy = policies[seed_index(out, experiment.seeds, trained_seed)]
+    return write_clip(policy, env, path or Path(out) / "policy.gif", episodes=episodes, seed=seed)
+
+
+def seed_index(out: str | Path, seeds: Sequence[int], trained_seed: int | None) -> int:
+    """Where a seed stands among those of a run; None is the first.
+
+    **Raises:** `ExperimentError` when the run has no such seed.
+    """
+    if trained_seed is None:
+        return 0
+    if trained_seed not in seeds:
+        raise ExperimentError(f"{out} has no seed {trained_seed}; it has {', '.join(map(str, seeds))}.")
+    return seeds.index(trained_seed)
+
+
+def write_clip(
+    policy: Policy, env: Any, path: str | Path, *, episodes: int | None, seed: int
+) -> tuple[Path, list[float]]:
+    """What `render` does with a policy.
+
+    **Raises:** `ExperimentError` when there is no way to draw the environment here, or to write such a file.
+    """
     from eqgen import rendering
 
-    experiment, env, policies, _ = trained_policies(out)
-    trained_seed = experiment.seeds[0] if trained_seed is None else trained_seed
-    if trained_seed not in experiment.seeds:
-        raise ExperimentError(
-            f"{out} has no seed {trained_seed}; it has {', '.join(map(str, experiment.seeds))}."
-        )
-    policy = policies[experiment.seeds.index(trained_seed)]
-    path = Path(path or Path(out) / "policy.gif")
+    path = Path(path)
     try:
         returns = rendering.render_policy(policy, env, path=path, key=jr.key(seed), num_episodes=episodes)
     except (ValueError, RuntimeError, ImportError) as error:

@@ -30,6 +30,7 @@ from eqgen.data.windows import Window
 from eqgen.envs import catalog
 from eqgen.envs.base import AbstractEnv
 from eqgen.evaluation import rollout_returns, rollout_rewards
+from eqgen.experiments import seed_index, write_clip
 from eqgen.guidance import AbstractGuidance, AbstractPlanner
 from eqgen.hyperparameters import HyperparametersError, from_json, to_json
 from eqgen.offline import OfflineSettings, OfflineState, init_offline, train_offline
@@ -353,6 +354,29 @@ def evaluate(
         "episode_seed": seed,
         "seeds": results,
     }
+
+
+def render(
+    out: str | Path,
+    path: str | Path | None = None,
+    *,
+    trained_seed: int | None = None,
+    episodes: int | None = None,
+    guidance: AbstractGuidance | None = None,
+    seed: int = 0,
+) -> tuple[Path, list[float]]:
+    """Makes a clip of what a run's planner does, with a new plan at every step.
+
+    **Arguments:** as `eqgen.experiments.render`, and `guidance`: how plans are made; None: as the learner says.
+
+    **Returns:** the file written and the return of each episode as far as it is shown.
+    """
+    experiment, states = trained(out)
+    index = seed_index(out, experiment.seeds, trained_seed)
+    learner = experiment.learner
+    policy = PlannerPolicy(learner, seed_slice(states, index), guidance or learner.guidance)
+    path = path or Path(out) / "policy.gif"
+    return write_clip(policy, _make_env(experiment.env), path, episodes=episodes, seed=seed)
 
 
 class PlannerPolicy(eqx.Module):

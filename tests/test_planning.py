@@ -318,3 +318,21 @@ def test_command_line_refuses_flags_of_what_is_trained_already(planner, capsys):
     flags = ["--planner", str(planner.path), "--learner.planner.width", "8", "--preset", "smoke"]
     assert cli.main(["train", "prior-guidance", *flags]) == 2
     assert "--learner.planner is what --planner trained" in capsys.readouterr().err
+
+
+# --- Clips ---
+
+
+@pytest.mark.slow
+def test_a_planner_is_drawn_in_its_maze(planner, tmp_path, capsys):
+    out = tmp_path / "clip.gif"
+    command = ["render", str(planner.path), "--trained-seed", "3", "--guidance", "zero", "--out", str(out)]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith(f"{out}  (return ") and out.read_bytes()[:6] == b"GIF89a"
+
+
+def test_clips_that_cannot_be_are_refused(planner, capsys):
+    assert cli.main(["render", str(planner.path), "--trained-seed", "1"]) == 2
+    assert "has no seed 1; it has 0, 3" in capsys.readouterr().err
+    assert cli.main(["render", str(planner.path), "--guidance", "mcs:3"]) == 2
+    assert "mcs" in capsys.readouterr().err
