@@ -41,9 +41,9 @@ Differs from the paper and its code in:
 - The actor's rate falls linearly over the 2e6 updates in which [C] has half a cosine.
 - The M actions are compared by the online critics, as everywhere in the frame; by the target critics in [C].
 
-Pendulum, nets of 2 x 64, K = 64, N = 4, one seed: the return rises from -1400 to -610 after 7,000 updates and is
--810 after 9,000, where the run was cut off [T]. It has not been seen above -250, and why is not known. That
-rewards are not scaled, so that the critics have values in the hundreds to learn, is a guess [I].
+Pendulum, nets of 2 x 64, N = 4: after 9,800 updates one of three seeds returns -130, the others -560 and -520 and
+still rising (`benchmarks/results/pendulum`). That rewards are not scaled, so that the critics have values in the
+hundreds to learn, may be what makes it slow [I].
 """
 
 from typing import Literal

@@ -20,7 +20,8 @@ Differs from the paper and its code in:
   best.
 - The entropy weight falls by updates, in [C] by steps of an environment, of which it makes one per update.
 - Actor and critics learn from the same batch; [C] draws two.
-- Its learning was followed for 3,800 updates only: Pendulum, N_d = 16, from -1400 to -900 and still rising [T].
+- Its learning was followed for 9,800 updates only, at the authors' rates, which are for a million: Pendulum, N_d =
+  16, from -1400 to -170 for one seed, to -600 for two, all still rising (`benchmarks/results/pendulum`) [T].
 - [L] is another algorithm: it repeats and shuffles observations as one flat array, which mixes their entries,
   pairs uniform actions with weights of other states, weighs by Q itself and only where Q > 1, and has a derivative
   through the sampler in the weights. In flow-rl's version uniform actions lie in [0, 1) instead of the box. Here
