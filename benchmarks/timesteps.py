@@ -1,6 +1,7 @@
 """What a timestep sampler adds to a training step, beside the cost model's forward passes.
 
     python benchmarks/timesteps.py         measures, prints a table, writes benchmarks/results/timesteps.json
+    python benchmarks/timesteps.py unet    one network; the others are kept as they were
 
 A diffusion model of 8x8 images with T = 1000 in batches of 128, as a small MLP (in which everything besides the
 network shows), as a wide one (in which little should) and as a U-Net. Times are of 120 updates in one compiled
@@ -10,6 +11,8 @@ backward pass as two (specification of the adaptive sampler, section 9); the pol
 """
 
 import dataclasses
+import json
+import sys
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -22,7 +25,7 @@ from eqgen.timesteps.adaptive import AdaptiveTimesteps
 from eqgen.timesteps.heuristics import SecondMomentTimesteps, StaticTimesteps
 from eqgen.timesteps.times import DiffusionChain
 from eqgen.tree import filter_fori_loop
-from measure import timed, write
+from measure import RESULTS, timed, write
 
 
 CHAIN = DiffusionChain(1000)
@@ -84,9 +87,15 @@ def measure(network: str) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    content = {"provenance": provenance(), "batch": BATCH, "num_steps": CHAIN.num_steps, "rows": {}}
-    for network in NETWORKS:
+    if unknown := set(sys.argv[1:]) - NETWORKS.keys():
+        sys.exit(f"no network {', '.join(sorted(unknown))}; there are {', '.join(NETWORKS)}")
+    chosen, path = sys.argv[1:] or list(NETWORKS), RESULTS / "timesteps.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    content = {"batch": BATCH, "num_steps": CHAIN.num_steps}
+    content |= {"rows": kept.get("rows", {}), "provenance": kept.get("provenance", {})}
+    for network in chosen:
         content["rows"][network] = measure(network)
+        content["provenance"][network] = provenance()
         for name, row in content["rows"][network].items():
             print(f"{network:5} {name:38} " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
     write("timesteps", content)
