@@ -155,6 +155,7 @@ def updates(noised_delay):
     return agent, batch, states, metrics
 
 
+@pytest.mark.slow
 def test_steps_of_the_one_optimiser_are_one_or_two_an_update():
     for noised_delay, expected in ((2, [0, 2, 3, 5, 6]), (1, [0, 2, 4, 6, 8])):
         _, _, states, metrics = updates(noised_delay)

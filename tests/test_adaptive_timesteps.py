@@ -149,6 +149,7 @@ def test_draws_never_reach_the_ends():
     assert jnp.mean(u > 0.5) == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.slow
 def test_steps_whose_weight_is_capped_are_drawn_by_the_share():
     """c = 500 at the last step of the cosine schedule: the share is 500 times as dense there, draws have the
     law that `probabilities` gives, and the density of the policy gradient integrates to 1."""
@@ -566,6 +567,7 @@ def test_seeds_together_are_seeds_apart(compiled_run):
         assert_trees_close(arrays(take(carries, i)), arrays(carry), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_look_is_the_eager_one():
     sampler = AdaptiveTimesteps(CHAIN, policy="shared", sweep=4, subset_size=1, reward_batch=2)
     state, model = sampler.init(key=jr.key(0)), jnp.linspace(1.0, 2.0, 20)

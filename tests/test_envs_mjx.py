@@ -118,6 +118,7 @@ def test_actions_are_rescaled_to_the_actuators_and_clipped():
     np.testing.assert_array_equal(env.control(7 * jnp.ones(env.action_dim)), space.high)
 
 
+@pytest.mark.slow
 def test_resets_have_gymnasiums_laws():
     """Each coordinate that varies against draws of Gymnasium itself, by Kolmogorov and Smirnov's test."""
     for env, name in ((Reacher(), "Reacher-v5"), (Pusher(), "Pusher-v5"), (HalfCheetah(), "HalfCheetah-v5")):

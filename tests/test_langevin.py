@@ -69,7 +69,8 @@ def test_stationary_law_of_a_quadratic(w, curvature, eta, getkey):
     assert x.var() > 1.1 / c
 
 
-@pytest.mark.parametrize("dim, n", [(1, 50_000), pytest.param(3, 15_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dim, n", [(1, 50_000), (3, 15_000)])
+@pytest.mark.slow
 def test_normalised_gradients_sample_an_exponential_of_the_distance(dim, n, getkey):
     """The score w grad Q / |grad Q| of a quadratic samples exp(-w |a - mu|), whatever the curvature.
 

@@ -214,6 +214,7 @@ def test_a_classifier_learns_blobs_and_says_whose_features_it_has():
     assert eqx.filter_eval_shape(lambda: fit(name="blobs")).name == "blobs"
 
 
+@pytest.mark.slow
 def test_a_classifier_of_digits_is_right_in_97_of_100():
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     order = np.random.default_rng(0).permutation(len(digits.data))

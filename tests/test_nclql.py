@@ -399,6 +399,7 @@ def test_scan_equals_a_loop_over_updates_and_seeds_are_separate():
 # --- Extensions and bad input ---
 
 
+@pytest.mark.slow
 def test_spread_moves_the_temperature_towards_its_target():
     base = NCLQL.boltzmann(hidden=(16, 16), num_levels=3, temperature="spread", temperature_learning_rate=0.1)
     data = batch(jr.key(1), 64)

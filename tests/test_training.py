@@ -124,6 +124,7 @@ def test_a_seed_does_not_depend_on_the_seeds_beside_it():
 
 
 @pytest.mark.parametrize("acting", ["lockstep", "overlap"])
+@pytest.mark.slow
 def test_host_and_jax_loops_store_and_learn_alike(acting):
     """The same first iterations through a host environment: stored, tallied and updated by the same functions."""
     env, agent = make("mujoco/InvertedPendulum-v5"), SAC.tiny()

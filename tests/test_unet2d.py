@@ -65,6 +65,7 @@ def test_neighbours_among_1000_timesteps_differ(make):
 
 
 @BOTH
+@pytest.mark.slow
 def test_every_parameter_has_a_finite_gradient(make):
     loss = lambda net: jnp.sum((net(IMAGE, T, LABEL) - IMAGE) ** 2)
     grads = eqx.filter_jit(eqx.filter_grad(loss))(full(make))
