@@ -5,7 +5,7 @@ some seeds each have nothing to say to each other. Where there are more devices 
 well (data parallelism): each device has a part of it and the whole network, and gradients are summed over devices.
 
 Nothing has to be asked for. With one device, as on most machines, nothing changes; which devices there are, JAX and
-`CUDA_VISIBLE_DEVICES` decide, and over several processes `jax.distributed`.
+`CUDA_VISIBLE_DEVICES` decide. Those of other processes are not used.
 """
 
 import math
@@ -32,7 +32,7 @@ def mesh_shape(num_seeds: int, batch_size: int | None, num_devices: int) -> tupl
 
 def training_mesh(num_seeds: int, batch_size: int | None = None) -> Mesh | None:
     """The devices there are, as far as `mesh_shape` uses them; None where one device is all."""
-    devices = jax.devices()
+    devices = jax.local_devices()
     shape = mesh_shape(num_seeds, batch_size, len(devices))
     used = math.prod(shape)
     return None if used == 1 else Mesh(np.array(devices[:used]).reshape(shape), (SEEDS, BATCH))

@@ -261,7 +261,7 @@ def plot(outs: Sequence[str | Path], path: str | Path, *, metric: str | None = N
             "Environment steps and updates share no axis. Plot runs that learn online apart from others."
         )
     online = clocks == {"env_step"}
-    metric = metric or ("eval/return" if online else _first_loss(runs[0]))
+    metric = metric or ("eval/return" if online else first_loss(runs[0]) or "loss")
     names = [run.settings["algorithm"] for run in runs]
     same = len(set(names)) < len(names)
     with plotting.style():
@@ -280,10 +280,10 @@ def plot(outs: Sequence[str | Path], path: str | Path, *, metric: str | None = N
         return plotting.save(fig, path)
 
 
-def _first_loss(run):
-    """The name of a metric that every learner of its kind logs."""
-    losses = [name for record in run.metrics()[:1] for name in record if name.endswith("/loss")]
-    return losses[0] if losses else "loss"
+def first_loss(run: Run) -> str | None:
+    """The name of the first loss that a run logs, as every learner of its kind does; None before any."""
+    names = (name for record in run.metrics() for name in record)
+    return next((name for name in names if name.endswith("loss")), None)
 
 
 def render(

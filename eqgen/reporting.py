@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from eqgen.experiments import first_loss
 from eqgen.files import replacing
 from eqgen.runs import Run, RunError
 from eqgen.sessions import ExperimentError, name_seeds
@@ -41,16 +42,15 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 def total_steps(run: Run) -> int:
     """The step at which training ends, on the run's clock."""
-    settings = run.settings["settings"]
-    return settings["total_steps"] if run.clock == "env_step" else settings["total_updates"]
+    if run.clock == "env_step":
+        return run.settings["settings"]["total_steps"]
+    return run.settings["learner"]["fields"]["total_updates"]
 
 
 def judged_by(run: Run) -> str | None:
     """The metric that says how a run does: the return of evaluations, else its first loss, else nothing yet."""
-    names = dict.fromkeys(name for record in run.metrics() for name in record)
-    if "eval/return" in names:
-        return "eval/return"
-    return next((name for name in names if name.endswith("loss")), None)
+    evaluated = any("eval/return" in record for record in run.metrics())
+    return "eval/return" if evaluated else first_loss(run)
 
 
 # --- The page ---
@@ -132,11 +132,11 @@ def _curves(task, runs, names):
     env, metric, clock = task
     with plotting.style():
         fig, ax = plotting.subplots(width=plotting.TEXT_WIDTH, aspect=0.45)
-        caption = ""
+        captions = {}
         for run in runs:
             steps, values = run.curve(metric)
             band = "range" if len(values) < 5 else "ci"
-            caption = plotting.learning_curve(ax, steps, values, label=names[run.path], band=band)
+            captions[plotting.learning_curve(ax, steps, values, label=names[run.path], band=band)] = None
         ax.set(xlabel="environment steps" if clock == "env_step" else "updates", ylabel=metric)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         drawing = io.StringIO()
@@ -145,7 +145,7 @@ def _curves(task, runs, names):
 
     plt.close(fig)
     svg = drawing.getvalue()
-    return f"<h2>{html.escape(env)}</h2>{svg[svg.index('<svg') :]}<p>{html.escape(caption)}</p>"
+    return f"<h2>{html.escape(env)}</h2>{svg[svg.index('<svg') :]}<p>{html.escape('; '.join(captions))}</p>"
 
 
 def _differences(runs, names):

@@ -119,9 +119,13 @@ def draw_curves(
     if not panels:
         raise FileNotFoundError(f"There is no result to draw for {out}: make some with the run.py beside it.")
     with plotting.style():
-        width = plotting.TEXT_WIDTH if len(panels) > 1 else plotting.COLUMN_WIDTH
+        # Of many lines the legend needs the width of a page, even below a single panel.
+        crowded = len({label for files in panels.values() for label in files}) > 8
+        wide = len(panels) > 1 or crowded
+        width = plotting.TEXT_WIDTH if wide else plotting.COLUMN_WIDTH
         grid = -(-len(panels) // 3), min(len(panels), 3)
-        fig, axes = plotting.subplots(*grid, width=width, aspect=0.75, squeeze=False)
+        aspect = 0.55 if crowded and len(panels) == 1 else 0.75
+        fig, axes = plotting.subplots(*grid, width=width, aspect=aspect, squeeze=False)
         for ax in axes.flat[len(panels) :]:
             ax.remove()
         lines = {}
@@ -134,7 +138,7 @@ def draw_curves(
         for ax in axes[:, 0]:
             ax.set_ylabel("evaluation return")
         shown = [label for label in looks if label in lines]
-        columns = min(len(shown), 2 if len(panels) == 1 else 5)
+        columns = min(len(shown), 5 if wide else 2)
         fig.legend([lines[label] for label in shown], shown, loc="outside lower center", ncols=columns)
         return plotting.save(fig, out)
 

@@ -43,9 +43,10 @@ import numpy as np
 
 from eqgen import experiments, studies
 from eqgen.algorithms.base import Size
+from eqgen.checkpoint import CheckpointError
 from eqgen.experiments import Experiment
 from eqgen.files import replacing, write_json
-from eqgen.runs import Run
+from eqgen.runs import Run, RunError
 from eqgen.sessions import ExperimentError, Interrupted, StopOnSignal, check_seeds
 from eqgen.training import OnlineSettings
 
@@ -53,6 +54,8 @@ from eqgen.training import OnlineSettings
 ENGINES = ("local", "ray")
 RETRIES = 5
 """How often Ray starts a run again whose node or process was lost."""
+FAILURES = (ExperimentError, RunError, CheckpointError)
+"""What ends one run, and leaves the others of a sweep as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,9 @@ class Sweep:
         for name in ("algorithms", "envs", "seeds"):
             if not isinstance(content.get(name), list) or not content[name]:
                 raise ExperimentError(f"{path}: {name} must be a list of at least one.")
+        for name, kind in (("algorithms", str), ("envs", str), ("seeds", int)):
+            if wrong := [value for value in content[name] if type(value) is not kind]:
+                raise ExperimentError(f"{path}: {name} holds {wrong[0]!r}, which is no {kind.__name__}.")
         for name in ("settings", "agent", "grid", "resources"):
             if not isinstance(content.get(name, {}), dict):
                 raise ExperimentError(f"{path}: {name} must be a table, [{name}].")
@@ -104,6 +110,11 @@ class Sweep:
                 )
         if unknown := content.get("resources", {}).keys() - {"cpus", "gpus"}:
             raise ExperimentError(f"{path}: no {_list(unknown)} in resources; it takes cpus, gpus.")
+        for name, value in content.get("resources", {}).items():
+            if type(value) not in (int, float) or value < 0:
+                raise ExperimentError(
+                    f"{path}: resources.{name} is {value!r}; it must be a number, 0 or more."
+                )
         lists = {name: tuple(content[name]) for name in ("algorithms", "envs", "seeds")}
         return cls(**(content | lists))
 
@@ -269,7 +280,7 @@ def _run_here(folder, names, *, verbose, written, **_):
             experiments.resume(folder / "runs" / name, verbose=verbose)
         except Interrupted as stop:
             raise Interrupted(f"{name} is saved. The same command goes on from there.", stop.signal) from stop
-        except ExperimentError as error:
+        except FAILURES as error:
             errors[name] = str(error)
         written(errors)
     return errors
@@ -334,6 +345,8 @@ def _run_on_ray(folder, names, *, sweep, verbose, written, **_):
                 name = tasks.pop(task)
                 try:
                     error = ray.get(task)
+                except ray.exceptions.RayTaskError as failed:  # of the run itself, which no retry would mend
+                    error = None if stopping else str(failed.cause)
                 except ray.exceptions.RayError as lost:
                     error = None if stopping else f"{type(lost).__name__}, after {RETRIES} retries"
                 if error is not None:
@@ -354,7 +367,7 @@ def _resume_remotely(path: str) -> str | None:
     """In a worker: the error's message, if the run cannot be finished, so that it is not tried in vain again."""
     try:
         experiments.resume(path, verbose=False)
-    except ExperimentError as error:
+    except FAILURES as error:
         return str(error)
     return None
 

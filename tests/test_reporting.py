@@ -79,6 +79,22 @@ def test_page_holds_all_runs_below_a_folder_and_loads_nothing(tmp_path, capsys):
     assert "data:image/gif;base64,R0lGODlh" in text and text.count("<svg") == 1
 
 
+def test_a_run_of_a_planner_counts_updates_and_is_judged_by_its_loss(tmp_path):
+    settings = SETTINGS | {"clock": "update", "settings": {"batch_size": 8}, "algorithm": "DiffusionPlanner"}
+    settings["learner"] = {
+        "class": "eqgen.algorithms.planner.DiffusionPlanner",
+        "fields": {"total_updates": 4},
+    }
+    with Run.create(tmp_path / "a", settings) as run:
+        for step in (2, 4):
+            common = {"update": step, "wall_time": 1.0, "plan/loss": 2.0 / step}
+            run.log([{"seed": seed} | common for seed in (0, 1)])
+    cells = Page(reporting.write_report([tmp_path], tmp_path / "page.html").read_text()).cells
+    assert {"4 of 4", "plan/loss", "0.5 (0.5 to 0.5)"} <= set(cells)
+    text, done = reporting.status(Run.open(tmp_path / "a"))
+    assert "update 4 of 4 (100%)" in text and done
+
+
 def test_page_of_one_run_names_no_differences(tmp_path):
     make_run(tmp_path / "a", steps=())
     text = reporting.write_report([tmp_path], tmp_path / "page.html").read_text()

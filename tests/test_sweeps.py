@@ -107,6 +107,9 @@ def test_modules_are_not_replaced_by_values_and_choices_are_checked():
         (("[settings]", "settings = 3\n[other]"), "no other in a sweep"),
         (("[settings]", "[grid]"), "grid takes lists for fields such as"),
         (("seeds = [0, 1]", "seeds = [0, 1"), "is not TOML"),
+        (('["sac"]', "[1]"), "algorithms holds 1, which is no str"),
+        (("[0, 1]", '[0, "a"]'), "seeds holds 'a', which is no int"),
+        (("[settings]", '[resources]\ncpus = "x"\n[settings]'), "resources.cpus is 'x'; it must be a number"),
     ],
 )
 def test_a_file_that_is_no_sweep_is_refused(tmp_path, change, message):
