@@ -2,7 +2,8 @@
 
 A study is one environment at one size, a few agents, the seeds that are reported. Each (study, agent) is one run
 directory, where an interrupted run goes on, and one file `<study>_<agent>.json`: settings, versions, hardware, and
-the evaluations of every seed.
+the evaluations of every seed. Other seeds of the same, run later or elsewhere, are files beside it, named
+`<study>_<agent>_seeds-1-2.json`; whoever reads the curve gets them all.
 """
 
 import argparse
@@ -33,6 +34,8 @@ class Study:
     """Fields of `OnlineSettings` that differ from the size's preset."""
     common: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of every agent that differ from its size's."""
+    changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """For an agent's name, fields that differ from all of that: what an ablation changes."""
 
     @property
     def settings(self) -> OnlineSettings:
@@ -40,7 +43,18 @@ class Study:
 
     def agent(self, name: str) -> AbstractAgent:
         """The agent as it is trained, with the fields of the study's size."""
-        return dataclasses.replace(self.agents[name].resized(self.size), **self.common)
+        changes = dict(self.common) | self.changes.get(name, {})
+        return dataclasses.replace(self.agents[name].resized(self.size), **changes)
+
+    def ablation(
+        self, agent: AbstractAgent, changes: Mapping[str, Mapping[str, Any]], **fields: Any
+    ) -> "Study":
+        """This study with variants of one agent: for each name, the fields it changes.
+
+        **Arguments:** `fields`: other fields of the study that differ, such as `seeds`.
+        """
+        agents = dict.fromkeys(changes, agent)
+        return dataclasses.replace(self, agents=agents, changes=changes, **fields)
 
 
 def online_studies(agents: Mapping[str, AbstractAgent]) -> dict[str, Study]:
@@ -50,26 +64,31 @@ def online_studies(agents: Mapping[str, AbstractAgent]) -> dict[str, Study]:
         "pendulum-cpu": Study("gymnax/Pendulum-v1", "cpu", (0, 1, 2, 3, 4), agents, **short),
         "halfcheetah-cpu": Study("mujoco/HalfCheetah-v5", "cpu", (0,), agents),
         "hopper-cpu": Study("mujoco/Hopper-v5", "cpu", (0,), agents),
+        "walker2d-cpu": Study("mujoco/Walker2d-v5", "cpu", (0,), agents),
         "pendulum-smoke": Study("gymnax/Pendulum-v1", "smoke", (0, 1), agents),
     }
 
 
-def run_study(study: Study, name: str, agent: str, *, folder: Path, results: Path) -> Path:
+def run_study(
+    study: Study, name: str, agent: str, *, folder: Path, results: Path, seeds: Sequence[int] = ()
+) -> Path:
     """Trains one agent of the study called `name`, or goes on where it stopped, and writes its result file.
 
     **Arguments:**
 
     - `folder`: the run directory is made in it.
     - `results`: the result file is written into it.
+    - `seeds`: other seeds than the study's, for a run and a result file of their own.
     """
-    out = Path(folder) / f"{name}_{agent}"
+    label = "_".join([name, agent] + (["-".join(map(str, ("seeds", *seeds)))] if seeds else []))
+    out = Path(folder) / label
     if out.exists():
         finished = experiments.resume(out)
     else:
         finished = experiments.train(
-            study.agent(agent), study.env, study.settings, seeds=study.seeds, out=out
+            study.agent(agent), study.env, study.settings, seeds=tuple(seeds) or study.seeds, out=out
         )
-    return write_result(finished, Path(results) / f"{name}_{agent}.json")
+    return write_result(finished, Path(results) / f"{label}.json")
 
 
 def write_result(run: Run, path: Path) -> Path:
@@ -89,11 +108,14 @@ def result(run: Run) -> dict[str, Any]:
 
 
 def read_curve(path: Path, metric: str = "eval/return") -> tuple[np.ndarray, np.ndarray]:
-    """The environment steps of a result file at which there is the metric, and the metric as (seeds, steps)."""
-    records = [record for record in json.loads(Path(path).read_text())["records"] if metric in record]
-    seeds = sorted({record["seed"] for record in records})
-    steps = sorted({record["env_step"] for record in records})
-    values = {(record["seed"], record["env_step"]): record[metric] for record in records}
+    """The environment steps at which a result file and those of other seeds have the metric, and the metric as
+    (seeds, steps). If some seeds went further than others, only what all have is returned."""
+    values = {}
+    for file in [Path(path), *sorted(Path(path).parent.glob(f"{Path(path).stem}_seeds-*.json"))]:
+        records = json.loads(file.read_text())["records"]
+        values |= {(r["seed"], r["env_step"]): r[metric] for r in records if metric in r}
+    seeds = sorted({seed for seed, _ in values})
+    steps = sorted({step for _, step in values if all((seed, step) in values for seed in seeds)})
     return np.array(steps), np.array([[values[seed, step] for step in steps] for seed in seeds])
 
 
@@ -149,7 +171,8 @@ def main(studies: Mapping[str, Study], *, folder: Path, results: Path, argv: Seq
         description="Trains the agents of a study and keeps what the figures need."
     )
     parser.add_argument("study", nargs="?", choices=list(studies))
-    parser.add_argument("--only", metavar="AGENT", help="one agent instead of all")
+    parser.add_argument("--only", metavar="AGENT", nargs="+", help="some agents instead of all")
+    parser.add_argument("--seeds", metavar="SEED", nargs="+", type=int, help="other seeds than the study's")
     args = parser.parse_args(argv)
     if args.study is None:
         for name, study in studies.items():
@@ -157,7 +180,8 @@ def main(studies: Mapping[str, Study], *, folder: Path, results: Path, argv: Seq
             print(f"{name}: {study.env}, {study.settings.total_steps} steps, seeds {study.seeds}: {agents}")
         return
     study = studies[args.study]
-    if args.only is not None and args.only not in study.agents:
-        parser.error(f"{args.study} has no agent {args.only!r}; it has {', '.join(study.agents)}.")
-    for agent in [args.only] if args.only else study.agents:
-        print(run_study(study, args.study, agent, folder=folder, results=results), flush=True)
+    for unknown in (agent for agent in args.only or () if agent not in study.agents):
+        parser.error(f"{args.study} has no agent {unknown!r}; it has {', '.join(study.agents)}.")
+    places = dict(folder=folder, results=results, seeds=args.seeds or ())
+    for agent in args.only or study.agents:
+        print(run_study(study, args.study, agent, **places), flush=True)

@@ -52,6 +52,28 @@ def test_curves_are_sorted_by_seed_and_step(tmp_path):
     np.testing.assert_array_equal(returns, [[1.0, 3.0], [2.0, 4.0]])
 
 
+def test_seeds_of_another_file_join_the_curve_as_far_as_all_have_come(tmp_path):
+    path = records(tmp_path / "a.json", [(0, 10, 1.0), (0, 20, 3.0)])
+    records(tmp_path / "a_seeds-1-2.json", [(1, 10, 2.0), (2, 10, 5.0), (1, 20, 4.0)])
+    records(tmp_path / "a_other.json", [(7, 10, 0.0)])
+    steps, returns = studies.read_curve(path)
+    assert steps.tolist() == [10] and returns.tolist() == [[1.0], [2.0], [5.0]]
+
+
+def test_other_seeds_have_their_own_run_and_file(tmp_path):
+    places = dict(folder=tmp_path / "runs", results=tmp_path)
+    path = studies.run_study(STUDY, "small", "sac", seeds=(8,), **places)
+    assert path.name == "small_sac_seeds-8.json" and (tmp_path / "runs" / "small_sac_seeds-8").is_dir()
+    assert json.loads(path.read_text())["settings"]["seeds"] == [8]
+
+
+def test_ablation_changes_fields_after_the_size_and_what_is_common():
+    study = STUDY.ablation(SAC(discount=0.9), {"base": {}, "wide": dict(hidden=(9, 9))}, seeds=(1,))
+    assert study.seeds == (1,) and list(study.agents) == ["base", "wide"]
+    assert (study.agent("base").hidden, study.agent("wide").hidden) == ((8,), (9, 9))
+    assert study.agent("wide").discount == 0.9
+
+
 def test_figure_leaves_out_what_has_no_result(tmp_path):
     path = records(tmp_path / "a.json", [(0, 10, 1.0), (0, 20, 2.0)])
     looks = {"A": dict(color="k"), "B": dict(color="r")}
