@@ -4,11 +4,10 @@
     python benchmarks/agents.py iDEM      some of them (all whose names begin so); the others are kept as they were
 
 Sizes of HalfCheetah, batch 256, each agent at its "cpu" and "paper" sizes, the baselines as they are by default,
-which is the latter. PPO is not
+which is the latter; and acting on one candidate where a public implementation was measured so (flow-rl). PPO is not
 among them: its update is one of a whole rollout.
 """
 
-import dataclasses
 import json
 import sys
 
@@ -39,15 +38,18 @@ AGENTS = {
     "LQL": LQL(),
 }
 BASELINES = {
+    "SOM, one candidate": SOM(num_eval_candidates=1),
     "TD3": TD3(),
     "QSM": QSM(),
+    "QSM, one candidate": QSM(num_eval_candidates=1),
     "DIPO": DIPO(),
     "DACER": DACER(),
     "QVPO": QVPO(),
     "SDAC": SDAC(),
+    "SDAC, one candidate": SDAC(num_eval_candidates=1),
     "DPMD": DPMD(),
     "iDEM": IDEM(),
-    "iDEM, 500 proposals": dataclasses.replace(IDEM(), num_proposals=500),
+    "iDEM, 500 proposals, one candidate": IDEM(num_proposals=500, num_eval_candidates=1),
     "FPMD-R": FPMDR(),
     "FPMD-M": FPMDM(),
     "MaxEntDP": MaxEntDP(),

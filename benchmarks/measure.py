@@ -20,7 +20,7 @@ import numpy as np
 
 from eqgen.envs.base import example_transition
 from eqgen.files import replacing
-from eqgen.tree import compile_ahead
+from eqgen.training import compiled_policy
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,6 +49,16 @@ def timed(call, repeats: int, calls: int = 1, average=np.median) -> dict[str, fl
     return {"cpu_ms": ms(average(cpu)), "best_wall_ms": ms(min(wall))}
 
 
+def latency(call, calls: int = 1000) -> dict[str, float]:
+    """Percentiles of the wall-ms from one call to its result."""
+    seconds = []
+    for _ in range(calls):
+        begun = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - begun)
+    return {f"p{q}_ms": round(1e3 * float(np.percentile(seconds, q)), 4) for q in (50, 99)}
+
+
 def gemm_gflops(size: int = 256, calls: int = 200) -> dict[str, float]:
     """The best GFLOP per CPU-second and per second of products of (size, 256) with (256, 256), in float32."""
     x, w = jnp.ones((size, 256)), jnp.eye(256)
@@ -72,8 +82,8 @@ def random_batch(obs: int, act: int, *, key):
 
 def agent_costs(agent, obs: int, act: int) -> dict:
     """First update, update (the mean over the second and third: SOM moves its actor on every second one; what is
-    done once in thousands, as DACER's entropy estimate, is in the first), actions on 1 and 5 observations by a
-    program compiled ahead of time, and the number of learned parameters."""
+    done once in thousands, as DACER's entropy estimate, is in the first), actions on 1 and 5 observations by
+    `compiled_policy`, with the percentiles of its wall time, and the number of learned parameters."""
     state, data = (
         agent.init(example_transition((obs,), act), key=jr.key(0)),
         random_batch(obs, act, key=jr.key(1)),
@@ -85,16 +95,11 @@ def agent_costs(agent, obs: int, act: int) -> dict:
     two = lambda: update(update(state, data, jr.key(2)), data, jr.key(3))
     costs = {"first update": first, "update": timed(two, 20, calls=2)}
     for n in (1, 5):
-        one = lambda state, obs, key: agent.act(state, obs, key=key, explore=False)
-        inputs = state, jnp.ones((n, obs)), jr.split(jr.key(4), n)
-        acting = compile_ahead(lambda s, o, k, one=one: jax.vmap(lambda o, k: one(s, o, k))(o, k), *inputs)
-
-        def many(acting=acting, inputs=inputs):
-            for _ in range(20):
-                jax.block_until_ready(acting(*inputs))
-            return ()
-
-        costs[f"act {n}"] = timed(many, 20, calls=20)
+        acting, inputs = compiled_policy(agent, state, (obs,), batch=n), (jnp.ones((n, obs)), jr.key(4))
+        costs[f"act {n}"] = timed(
+            lambda a=acting, i=inputs: [jax.block_until_ready(a(*i)) for _ in range(20)], 20, 20
+        )
+        costs[f"act {n}"] |= latency(lambda a=acting, i=inputs: a(*i))
     learned = [getattr(state, name) for name in ("actor", "critics") if hasattr(state, name)]
     costs["parameters"] = sum(x.size for x in jax.tree.leaves(eqx.filter(learned, eqx.is_inexact_array)))
     return costs

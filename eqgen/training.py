@@ -7,14 +7,15 @@ schedule, records, evaluation.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, ArrayLike, Key, PyTree
 
 from eqgen.algorithms.base import AbstractAgent, AbstractOnPolicyAgent, Size
 from eqgen.data.replay import ReplayBuffer
@@ -22,6 +23,7 @@ from eqgen.devices import spread_seeds, training_mesh
 from eqgen.envs.base import AbstractEnv, example_transition
 from eqgen.evaluation import rollout_returns
 from eqgen.loops import EVAL, INIT, HostLoop, JaxLoop, NonFiniteError, OnlineState, run_key
+from eqgen.tree import compile_bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +322,26 @@ def greedy_action(agent: AbstractAgent, agent_state: PyTree, obs: Array, key: Ke
 def greedy_policy(agent: AbstractAgent, agent_state: PyTree) -> eqx.Partial:
     """The policy `(obs, key) -> action` to hand to evaluation and rendering; `agent_state` is of one seed."""
     return eqx.Partial(greedy_action, agent, agent_state)
+
+
+def compiled_policy(
+    agent: AbstractAgent, agent_state: PyTree, obs_shape: tuple[int, ...], *, batch: int | None = None
+) -> Callable[[ArrayLike, Key[Array, ""]], Array]:
+    """The same policy as a program of its own, for where a single action should take as little time as it can.
+
+    **Arguments:**
+
+    - `obs_shape`: of one observation.
+    - `batch`: how many observations a call gets, each with noise of its own; None for one without a batch axis.
+
+    **Returns:** `(obs, key) -> action` with `obs` in float32, NumPy's or JAX's. It raises `TypeError` for other
+    shapes or dtypes, and does not wait for its result.
+    """
+    act = lambda obs, key: agent.act(agent_state, obs, key=key, explore=False)
+    many = lambda obs, key: jax.vmap(act)(obs, jr.split(key, batch))
+    leading = () if batch is None else (batch,)
+    obs = np.zeros((*leading, *obs_shape), np.float32)
+    return compile_bound(act if batch is None else many, obs, jr.key(0))
 
 
 def seed_slice(state: PyTree, index: int) -> PyTree:

@@ -16,6 +16,7 @@ from eqgen import checkpoint
 from eqgen.algorithms.base import AbstractAgent, AbstractLearner, AbstractOnPolicyAgent
 from eqgen.envs.base import example_transition
 from eqgen.guidance import AbstractPlanner
+from eqgen.training import compiled_policy
 from eqgen.tree import filter_scan
 from eqgen.types import Transition
 from helpers import assert_trees_close, random_windows, take
@@ -183,6 +184,14 @@ def test_actions_lie_in_the_box(cls):
         actions = jnp.stack([act(later, 3.0 * jr.normal(k, (OBS,)), k) for k in jr.split(jr.key(1), 20)])
         assert actions.shape == (20, ACT)
         assert bool(jnp.all(jnp.abs(actions) <= 1))
+
+
+@agents
+def test_compiled_policy_acts_as_the_agent_does(cls):
+    agent, _, _, later, _ = setup(cls)
+    obs, key = jnp.linspace(-1.0, 1.0, OBS), jr.key(3)
+    expected = eqx.filter_jit(lambda s, o, k: agent.act(s, o, key=k, explore=False))(later, obs, key)
+    assert_trees_close(compiled_policy(agent, later, (OBS,))(obs, key), expected)
 
 
 @agents

@@ -8,6 +8,7 @@ import pytest
 from eqgen.tree import (
     all_finite,
     compile_ahead,
+    compile_bound,
     ensemble,
     filter_cond,
     filter_fori_loop,
@@ -164,6 +165,22 @@ def test_compiled_ahead_donates_what_it_is_told_to():
     x, y = jnp.ones(3), jnp.ones(3)
     assert_trees_close(add(x, y), jnp.full(3, 2.0))
     assert y.is_deleted() and not x.is_deleted()
+
+
+def test_compiled_bound_equals_the_closure_and_keeps_only_what_it_uses():
+    net, unused = eqx.nn.MLP(3, 2, 8, 1, key=jr.key(0)), jnp.zeros(1000)
+    state = {"net": net, "moments": unused, "name": "kept"}
+    bound = compile_bound(
+        lambda x, key: state["net"](x) + jr.normal(key, (2,)), np.ones(3, np.float32), jr.key(0)
+    )
+    for x, key in ((np.ones(3, np.float32), jr.key(1)), (jnp.arange(3.0), jr.key(2))):
+        assert_trees_close(bound(x, key), net(jnp.asarray(x)) + jr.normal(key, (2,)))
+    (leaves,) = bound.args
+    assert sorted(x.size for x in leaves) == sorted(
+        x.size for x in jax.tree.leaves(eqx.filter(net, eqx.is_array))
+    )
+    with pytest.raises(TypeError):
+        bound(jnp.ones(4), jr.key(0))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
