@@ -1,9 +1,9 @@
 """One look for every figure: sizes, colours and the few kinds of picture that eqgen draws.
 
-The only module that imports matplotlib. Call `use_style()` once at the top of a notebook or script, then use
-ordinary matplotlib with these helpers; inside a library, draw in a `with style():` block. Colours are those of
-Okabe and Ito (2008), told apart under the common forms of colour blindness; curves of different methods should
-differ in line style or label as well.
+With `interactive`, the only module that loads matplotlib on import. Call `use_style()` once at the top of a
+notebook or script, then use ordinary matplotlib with these helpers; inside a library, draw in a `with style():`
+block. Colours are those of Okabe and Ito (2008), told apart under the common forms of colour blindness; curves of
+different methods should differ in line style or label as well.
 """
 
 from collections.abc import Callable, Sequence
