@@ -10,13 +10,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
+# What `make reproduce` runs: som, nclql, prior_guidance or adaptive_timesteps; smoke, cpu or paper; all rows.
+PAPER ?= som
+PRESET ?= cpu
+ROWS ?=
+
 # One process per core the tests may use; past four, the longest file decides.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+# They have commands of their own.
+NOT_BENCHED := benchmarks/measure.py benchmarks/check.py benchmarks/faults.py benchmarks/peers.py
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test slow lint notebooks figures bench lab clean
+.PHONY: help setup demo test slow lint notebooks figures bench check reproduce lab clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -63,8 +71,14 @@ figures: $(READY)  ## Draw the figures of the papers from the committed results
 	  test -e "$$script" || continue; echo "$$script"; $(BIN)/python "$$script"; done
 
 bench: $(READY)  ## Measure the cost of updates and actions
-	@set -e; for script in benchmarks/*.py; do \
+	@set -e; for script in $(filter-out $(NOT_BENCHED),$(wildcard benchmarks/*.py)); do \
 	  test -e "$$script" || continue; echo "$$script"; $(BIN)/python "$$script"; done
+
+check: $(READY)  ## Measure whether anything got slower, as ratios to the committed benchmarks
+	$(BIN)/python benchmarks/check.py
+
+reproduce: $(READY)  ## Run a paper's experiments again (PAPER=som PRESET=cpu ROWS="S4 S6")
+	$(BIN)/python paper_figures/reproduce.py $(PAPER) --preset $(PRESET) $(if $(ROWS),--rows $(ROWS))
 
 lab: $(READY)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

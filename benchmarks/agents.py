@@ -26,7 +26,7 @@ from eqgen.algorithms.sdac import SDAC
 from eqgen.algorithms.som import SOM
 from eqgen.algorithms.td3 import TD3
 from eqgen.provenance import provenance
-from measure import BATCH, RESULTS, TASKS, agent_costs, gemm_gflops, write
+from measure import BATCH, RESULTS, TASKS, agent_costs, floor_ratio, gemm_gflops, write
 
 
 AGENTS = {
@@ -91,14 +91,17 @@ def main(names):
     }
     agents |= {f"{name}, paper": agent for name, agent in BASELINES.items()}
     print(f"matrix product, GFLOP: {shared['gemm_gflop']}")
-    print("| agent | networks | update, CPU-ms (best wall) | act on 1 | act on 5 | first update, s |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| agent | networks | update, CPU-ms (best wall) | over floor | act on 1 | act on 5 | first update, s |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for name, agent in agents.items():
         if names and not name.startswith(tuple(names)):
             continue
         costs = results["agents"][name] = agent_costs(agent, obs, act) | (shared if names else {})
         cell = lambda c, costs=costs: f"{costs[c]['cpu_ms']:.3g} ({costs[c]['best_wall_ms']:.3g})"
-        line = " | ".join(map(cell, ("update", "act 1", "act 5")))
+        ratio = f"{floor_ratio(costs, shared['gemm_gflop']):.2f}"
+        line = " | ".join([cell("update"), ratio, cell("act 1"), cell("act 5")])
         width = f"{len(agent.hidden)}x{agent.hidden[0]}"
         print(f"| {name} | {width} | {line} | {costs['first update']['wall_s']} |", flush=True)
     write("agents", results)

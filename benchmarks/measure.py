@@ -7,7 +7,9 @@ does; wall time is the best call. The rate of XLA's matrix product, measured in 
 machine is that day, so that figures of different days can be compared in units of it.
 """
 
+import dataclasses
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from eqgen.envs.base import example_transition
 from eqgen.files import replacing
@@ -69,6 +72,32 @@ def gemm_gflops(size: int = 256, calls: int = 200) -> dict[str, float]:
     return {name: round(1e3 * gflop / cost[key], 1) for name, key in names.items()}
 
 
+def matmul_gflop(fn, *args, branches=max) -> float:
+    """GFLOP of the matrix products of `fn(*args)`, counted in its jaxpr: what no way to compute it can do without.
+
+    A loop of known length counts as often as it runs, one of unknown length once, and of a condition `branches` of
+    its sides' counts.
+    """
+    return _matmul_flop(eqx.filter_make_jaxpr(fn)(*args)[0].jaxpr, branches) / 1e9
+
+
+def _matmul_flop(jaxpr, branches) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inner = [_matmul_flop(sub, branches) for sub in jaxprs_in_params(equation.params)]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, out = equation.invars[0].aval, equation.outvars[0].aval
+            total += 2.0 * out.size * math.prod(left.shape[i] for i in contracted)
+        elif equation.primitive.name == "scan":
+            total += equation.params["length"] * sum(inner)
+        elif equation.primitive.name == "cond":
+            total += branches(inner)
+        else:
+            total += sum(inner)
+    return total
+
+
 def random_batch(obs: int, act: int, *, key):
     """Transitions of a task's shapes."""
 
@@ -82,7 +111,7 @@ def random_batch(obs: int, act: int, *, key):
 
 def agent_costs(agent, obs: int, act: int) -> dict:
     """First update, update (the mean over the second and third: SOM moves its actor on every second one; what is
-    done once in thousands, as DACER's entropy estimate, is in the first), actions on 1 and 5 observations by
+    done once in thousands, as DACER's entropy estimate, is in the first) with its matrix products, actions on 1 and 5 observations by
     `compiled_policy`, with the percentiles of its wall time, and the number of learned parameters."""
     state, data = (
         agent.init(example_transition((obs,), act), key=jr.key(0)),
@@ -93,7 +122,14 @@ def agent_costs(agent, obs: int, act: int) -> dict:
     state = jax.block_until_ready(update(state, data, jr.key(2)))
     first = {"cpu_s": round(cpu_seconds() - used, 2), "wall_s": round(time.perf_counter() - begun, 2)}
     two = lambda: update(update(state, data, jr.key(2)), data, jr.key(3))
+    # DACER's estimate of the entropy comes once in thousands of updates.
+    rare = {"num_entropy_samples": 1} if hasattr(agent, "num_entropy_samples") else {}
+    counted = dataclasses.replace(agent, **rare)
+    both = lambda state: counted.update(counted.update(state, data, key=jr.key(2))[0], data, key=jr.key(3))
     costs = {"first update": first, "update": timed(two, 20, calls=2)}
+    # Of two updates one moves the actor, where updates are delayed.
+    branches = np.mean if getattr(agent, "policy_delay", 1) == 2 else min
+    costs["update"]["matmul_gflop"] = float(f"{matmul_gflop(both, state, branches=branches) / 2:.4g}")
     for n in (1, 5):
         acting, inputs = compiled_policy(agent, state, (obs,), batch=n), (jnp.ones((n, obs)), jr.key(4))
         costs[f"act {n}"] = timed(
@@ -103,6 +139,11 @@ def agent_costs(agent, obs: int, act: int) -> dict:
     learned = [getattr(state, name) for name in ("actor", "critics") if hasattr(state, name)]
     costs["parameters"] = sum(x.size for x in jax.tree.leaves(eqx.filter(learned, eqx.is_inexact_array)))
     return costs
+
+
+def floor_ratio(costs: dict, gemm: dict[str, float]) -> float:
+    """CPU time of an update over what its matrix products take at the rate of `gemm_gflops()`."""
+    return costs["update"]["cpu_ms"] * gemm["per_cpu_second"] / 1e3 / costs["update"]["matmul_gflop"]
 
 
 def write(name: str, content: dict) -> None:

@@ -66,6 +66,9 @@ def online_studies(agents: Mapping[str, AbstractAgent]) -> dict[str, Study]:
         "hopper-cpu": Study("mujoco/Hopper-v5", "cpu", (0,), agents),
         "walker2d-cpu": Study("mujoco/Walker2d-v5", "cpu", (0,), agents),
         "pendulum-smoke": Study("gymnax/Pendulum-v1", "smoke", (0, 1), agents),
+    } | {
+        f"{task.lower()}-paper": Study(f"mujoco/{task}-v5", "paper", (0, 1, 2, 3, 4), agents)
+        for task in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "Swimmer")
     }
 
 
@@ -162,6 +165,51 @@ def draw_curves(
         shown = [label for label in looks if label in lines]
         columns = min(len(shown), 5 if wide else 2)
         fig.legend([lines[label] for label in shown], shown, loc="outside lower center", ncols=columns)
+        return plotting.save(fig, out)
+
+
+def draw_ablation(groups: Mapping[str, Mapping[str, Path]], out: Path) -> list[Path]:
+    """How variants of an agent learn, one a line: the last return, and the mean over all evaluations, which says
+    how soon it came. Dots are means over seeds, bars go from the worst seed to the best.
+
+    **Arguments:** `groups`: for each name of a group, the result file of each label. What has none is left out.
+
+    **Returns:** the files written, a column wide.
+
+    **Raises:** `FileNotFoundError` when there is no result file at all.
+    """
+    from eqgen import plotting
+
+    lines = [
+        (group, label, read_curve(path)[1])
+        for group, files in groups.items()
+        for label, path in files.items()
+        if path.exists()
+    ]
+    if not lines:
+        raise FileNotFoundError(f"There is no result to draw for {out}: make some with the run.py beside it.")
+    with plotting.style():
+        height = 0.14 * len(lines) + 0.7
+        size = dict(width=plotting.COLUMN_WIDTH, aspect=height / plotting.COLUMN_WIDTH)
+        fig, ax = plotting.subplots(**size)
+        measures = (
+            (lambda r: r[:, -1], "last evaluation", "o"),
+            (lambda r: r.mean(axis=1), "mean of all", "s"),
+        )
+        for number, (of, label, marker) in enumerate(measures):
+            values = np.array([of(returns).mean() for *_, returns in lines])
+            low = np.array([of(returns).min() for *_, returns in lines])
+            high = np.array([of(returns).max() for *_, returns in lines])
+            look = dict(color=plotting.COLORS[number], markersize=3, linewidth=0.8, label=label)
+            y = np.arange(len(lines)) + 0.3 * number - 0.15
+            ax.errorbar(values, y, xerr=[values - low, high - values], fmt=marker, **look)
+        for line in range(1, len(lines)):
+            if lines[line][0] != lines[line - 1][0]:
+                ax.axhline(line - 0.5, color="0.75", linewidth=0.5)
+        ax.set_yticks(range(len(lines)), [label for _, label, _ in lines])
+        ax.set(xlabel="evaluation return", ylim=(len(lines) - 0.4, -0.6))
+        ax.grid(axis="y", visible=False)
+        fig.legend(loc="outside upper center", ncols=2)
         return plotting.save(fig, out)
 
 

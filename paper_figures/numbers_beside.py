@@ -1,4 +1,4 @@
-"""Numbers to put beside the papers', computed from the result files; `rows.toml` names them, `reproduce.py` calls them.
+"""Numbers to put beside the papers', computed from the result files: `rows.toml` names them for `reproduce.py`.
 
 Each function takes the folder `paper_figures` and returns a few words, or "" where the results are not there.
 """

@@ -6,9 +6,10 @@
     python paper_figures/reproduce.py som --list              the commands, one a line, and nothing is run
     python paper_figures/reproduce.py readme                  README.md from rows.toml and the committed results
 
-Everything happens in `runs/reproduce/<preset>`, in a copy of the scripts without the committed results, which are not
-touched: new ones lie there in `paper_figures/<paper>/results`, and the figures drawn from them beside those. The same
-command goes on where an earlier one stopped. Commands run side by side, one a core (`--jobs`), each with one thread.
+Everything happens in `runs/reproduce/<preset>`, in a copy of the scripts without the committed results, which are
+not touched: new ones lie there in `paper_figures/<paper>/results`, and the figures drawn from them beside those.
+The same command goes on where an earlier one stopped. Commands run side by side, one a core (`--jobs`), each with
+one thread.
 """
 
 import argparse
@@ -180,6 +181,8 @@ def table(paper: str) -> str:
     for row in PAPERS[paper]["rows"]:
         preset, hardware = last_run(row)
         status = row.get("status", "open")
+        if row["results"] and not hardware:  # nobody has run it yet
+            status = "open"
         if status not in STATUSES:
             raise ValueError(f"{row['id']} has status {status!r}; it must be one of {', '.join(STATUSES)}.")
         pictures = [f"[{Path(name).name}]({name}.png)" for name in row.get("figures", ())]

@@ -3,6 +3,7 @@
     python paper_figures/adaptive_timesteps/measure.py variance         gradient variance and loss over t
     python paper_figures/adaptive_timesteps/measure.py interdependence  what training at some t does to others
     python paper_figures/adaptive_timesteps/measure.py surrogate        how well a few times stand for all
+    ... --smoke                                                          a few steps of it, to see that it works
 
 The paper's figures 2, 4 and the premise of its equation 14, at the size of `run.py`'s studies. A file that is there
 is not made again.
@@ -73,7 +74,7 @@ def losses(learner: Diffusion, models: Any, x: Array, ts: Array) -> np.ndarray:
     return np.asarray(judge(models))
 
 
-def variance() -> dict[str, Any]:
+def variance(lengths: tuple[int, ...] = (0, 2_000, 10_000)) -> dict[str, Any]:
     """tr Cov of the gradient and the loss over t, before training and after 2000 and 10000 uniform steps."""
     train, held_out = data_of("digits")
     x, rows = held_out.examples().x, {}
@@ -81,7 +82,7 @@ def variance() -> dict[str, Any]:
     for betas in ("linear", "cosine", "quad"):
         chain, state = DiffusionChain(1000, betas=betas), None
         rows[betas] = {"c": rounded(BoundWeight()(jnp.asarray(ts), chain) * np.log(2)), "after": {}}
-        for updates in (0, 2_000, 10_000):
+        for updates in lengths:
             learner = learner_with(StaticTimesteps(chain), max(updates, 1))
             state = trained(learner, train, state) if updates else fresh(learner, train)
             models = state.learner.model.online
@@ -153,10 +154,16 @@ def correlation(drops: np.ndarray, subsets: np.ndarray) -> float:
     return np.corrcoef(some[3:], drops.sum(axis=1)[3:])[0, 1]
 
 
-MEASURES: dict[str, Callable[[], dict[str, Any]]] = {
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "variance": variance,
     "interdependence": interdependence,
     "surrogate": surrogate,
+}
+
+SMOKE = {
+    "variance": dict(lengths=(0, 2, 4)),
+    "interdependence": dict(before=2, more=2),
+    "surrogate": dict(looks=5),
 }
 
 if __name__ == "__main__":
@@ -164,10 +171,12 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("measure", choices=list(MEASURES))
-    name = parser.parse_args().measure
+    parser.add_argument("--smoke", action="store_true", help="a few steps of it")
+    args = parser.parse_args()
+    name, fields = args.measure, SMOKE[args.measure] if args.smoke else {}
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        content = {"seeds": list(SEEDS), "provenance": provenance(), **MEASURES[name]()}
+        content = {"seeds": list(SEEDS), "provenance": provenance(), **MEASURES[name](**fields)}
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content) + "\n")
     print(path)

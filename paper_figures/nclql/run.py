@@ -60,8 +60,11 @@ BOLTZMANN = {
 pendulum = STUDIES["pendulum-cpu"]
 short = dataclasses.replace(pendulum, seeds=(0, 1, 2), loop=pendulum.loop | dict(total_steps=10_000))
 STUDIES["temperature-cpu"] = dataclasses.replace(short, agents=TEMPERATURES)
-STUDIES["ablation-reference-cpu"] = short.ablation(AGENTS["nclql-reference"], REFERENCE)
-STUDIES["ablation-boltzmann-cpu"] = short.ablation(AGENTS["nclql-boltzmann"], BOLTZMANN)
+for mode, changes in (("reference", REFERENCE), ("boltzmann", BOLTZMANN)):
+    agent = AGENTS[f"nclql-{mode}"]
+    STUDIES[f"ablation-{mode}-smoke"] = STUDIES["pendulum-smoke"].ablation(agent, changes, seeds=(0,))
+    STUDIES[f"ablation-{mode}-cpu"] = short.ablation(agent, changes)
+    STUDIES[f"ablation-{mode}-paper"] = STUDIES["halfcheetah-paper"].ablation(agent, changes)
 
 if __name__ == "__main__":
     main(STUDIES, folder=Path("runs/nclql"), results=RESULTS)

@@ -107,6 +107,9 @@ STUDIES = {
     "umaze-cpu": MazeStudy("umaze"),
     "medium-cpu": MazeStudy("medium", horizon=24, updates=10_000),
     "large-cpu": MazeStudy("large", horizon=32, updates=15_000),
+    "umaze-paper": MazeStudy("umaze", "paper", horizon=32, updates=1_000_000),
+    "medium-paper": MazeStudy("medium", "paper", horizon=32, updates=1_000_000),
+    "large-paper": MazeStudy("large", "paper", horizon=32, updates=1_000_000),
     "umaze-smoke": MazeStudy("umaze", "smoke", horizon=4, steps=20_000, episodes=2, replan_every=15),
 }
 

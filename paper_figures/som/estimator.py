@@ -8,8 +8,8 @@ The density is the four-mode mixture `toy/mixture`, whose score at every noise l
 that of SOM. Points x_t are drawn from p_t, and at each the estimate is repeated with fresh proposals. Errors are
 relative to the root mean square of the exact score at that t.
 
-`critics` adds to log p a sinusoid, or one narrow spike away from all modes, or takes a small network that was fitted
-to 200 points: what a critic with an error of high frequency, an overestimated action, and too little data does.
+`critics` adds to log p a sinusoid, or one narrow spike away from all modes, or takes a small network that was
+fitted to 200 points: a critic with an error of high frequency, an overestimated action, or too little data.
 "local" is the gradient of such a critic at x_t / alpha_t itself, which is what a method without smoothing follows.
 The cosine is that with the exact score of the right density; layout and errors are ours, since the paper's are not
 known to us.
@@ -65,9 +65,9 @@ def samples(times: int, points: int, repeats: int) -> dict[str, Any]:
     def errors(t, key, name, number):
         point_key, key = jr.split(key)
         alpha, sigma, x, exact = noised(t, points, key=point_key)
-        estimate = lambda x, key: ESTIMATORS[name](
-            BANDIT.log_density, x, alpha, sigma, num_samples=number, key=key
-        ).score
+        estimate = lambda x, key: (
+            ESTIMATORS[name](BANDIT.log_density, x, alpha, sigma, num_samples=number, key=key).score
+        )
         found = jax.lax.map(lambda key: jax.vmap(estimate)(x, jr.split(key, points)), jr.split(key, repeats))
         scale = jnp.sqrt(jnp.mean(jnp.sum(exact**2, axis=-1)))
         root = lambda square: jnp.sqrt(jnp.mean(jnp.sum(square, axis=-1))) / scale
@@ -125,9 +125,9 @@ def critics(times: int, points: int, repeats: int) -> dict[str, Any]:
         if form == "local":
             found = jax.vmap(jax.grad(wrong[critic]))(x / alpha)[None] / alpha
         else:
-            estimate = lambda x, key: ESTIMATORS[form](
-                wrong[critic], x, alpha, sigma, num_samples=100, key=key
-            ).score
+            estimate = lambda x, key: (
+                ESTIMATORS[form](wrong[critic], x, alpha, sigma, num_samples=100, key=key).score
+            )
             keys = jr.split(key, repeats)
             found = jax.lax.map(lambda key: jax.vmap(estimate)(x, jr.split(key, points)), keys)
         norm = lambda a: jnp.linalg.norm(a, axis=-1)

@@ -48,7 +48,13 @@ ABLATION = {
     "denoising": dict(estimator="denoising"),
 }
 STUDIES = online_studies(AGENTS)
-STUDIES["ablation-cpu"] = STUDIES["pendulum-cpu"].ablation(SOM.safe(), ABLATION, seeds=(0, 1, 2))
+for task, size, seeds in (
+    ("pendulum", "smoke", (0,)),
+    ("pendulum", "cpu", (0, 1, 2)),
+    ("halfcheetah", "paper", (0, 1, 2, 3, 4)),
+):
+    name = f"ablation-{size}" if task == "pendulum" else f"ablation-{task}-{size}"
+    STUDIES[name] = STUDIES[f"{task}-{size}"].ablation(SOM.safe(), ABLATION, seeds=seeds)
 
 if __name__ == "__main__":
     main(STUDIES, folder=Path("runs/som"), results=RESULTS)
