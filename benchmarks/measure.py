@@ -111,8 +111,9 @@ def random_batch(obs: int, act: int, *, key):
 
 def agent_costs(agent, obs: int, act: int) -> dict:
     """First update, update (the mean over the second and third: SOM moves its actor on every second one; what is
-    done once in thousands, as DACER's entropy estimate, is in the first) with its matrix products, actions on 1 and
-    5 observations by `compiled_policy`, with the percentiles of its wall time, and the number of learned parameters.
+    done once in thousands, as DACER's entropy estimate, is in the first) with its matrix products, actions on 1
+    and 5 observations by `compiled_policy` with the percentiles of their wall time, and the number of learned
+    parameters.
     """
     state, data = (
         agent.init(example_transition((obs,), act), key=jr.key(0)),

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -85,7 +85,7 @@ SUITES = {
     "gymnax": _CLASSIC,
     # Is a method slow to learn, or is it lost? Three updates where the suite above has one.
     "gymnax-dense": dataclasses.replace(
-        _CLASSIC, loop={"cpu": _CLASSIC.loop["cpu"] | {"updates_per_iteration": 3}}
+        _CLASSIC, loop={"cpu": {**_CLASSIC.loop["cpu"], "updates_per_iteration": 3}}
     ),
     "mujoco": Suite(
         tuple(f"mujoco/{task}-v5" for task in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid"))
@@ -196,7 +196,9 @@ def finish_row(row: Row, experiment: Experiment, out: Path) -> Row:
             run = experiments.resume(out)
         else:
             run = experiments.train(agent, row["env"], settings, seeds=experiment.seeds, out=out)
-        costs = peak_memory() | agent_costs(agent, env.obs_shape, env.action_dim, *batch)
+        costs = peak_memory() | agent_costs(
+            agent, env.obs_shape, env.action_dim, *cast(tuple[int, ...], batch)
+        )
     except (ExperimentError, jax.errors.JaxRuntimeError) as error:  # diverged, or out of the device's memory
         print(f"failed: {error}", file=sys.stderr)
         message = str(error).replace(str(out), f"runs/{out.name}")  # the folder may be moved

@@ -14,7 +14,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -84,8 +84,13 @@ def _fail(message: str) -> int:
 def _usage() -> str:
     lines = ["usage: eqgen COMMAND ...", "", inspect.cleandoc(_ABOUT), "", "commands:"]
     for name, command in _COMMANDS.items():
-        lines.append(f"  {name:<10}{inspect.getdoc(command).splitlines()[0]}")
+        lines.append(f"  {name:<10}{_first_line(command)}")
     return "\n".join([*lines, "", inspect.cleandoc(_NOTES)])
+
+
+def _first_line(thing: Any) -> str:
+    """Of its docstring; empty under `python -OO`, which drops them."""
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
 
 
 _ABOUT = """
@@ -223,21 +228,21 @@ def _planner_options(cls: type, on_data: bool, arguments: list[str]) -> tuple[ty
         """Where the set lies now, if it was moved."""
 
     @dataclasses.dataclass(frozen=True)
-    class Train(Source if on_data else Below):
+    class Train(Source if on_data else Below):  # pyright: ignore[reportGeneralTypeIssues]
         out: Path | None = None
         """The new run directory; runs/ALGORITHM-NAME if not given."""
-        preset: Literal[tuple(cls.sizes)] = preset_name
+        preset: Literal[tuple(cls.sizes)] = preset_name  # pyright: ignore[reportInvalidTypeForm]
         """How much computation: seconds, two CPU cores for up to about an hour, or one GPU."""
-        profile: Literal[tuple(profiles)] = profile_name
+        profile: Literal[tuple(profiles)] = profile_name  # pyright: ignore[reportInvalidTypeForm]
         """Named settings of the algorithm, on top of which preset and flags apply."""
-        learner: cls = dataclasses.field(default_factory=lambda: learner)
+        learner: cls = dataclasses.field(default_factory=lambda: learner)  # pyright: ignore[reportInvalidTypeForm]
         settings: OfflineSettings = loop
 
     Train.__doc__ = inspect.getdoc(cls)
     return Train, learner
 
 
-def _preset_and_profile(cls: type, arguments: list[str]) -> tuple[str, str, dict[str, Any], str]:
+def _preset_and_profile(cls: type[Any], arguments: list[str]) -> tuple[Any, str, Mapping[str, Any], str]:
     """The names of preset and profile that were chosen, the profiles there are, and the environment."""
     from eqgen.sessions import ExperimentError
 
@@ -273,13 +278,13 @@ def _train_options(cls: type, arguments: list[str]) -> type:
         """How many agents to train side by side, each with a seed of its own."""
         seed_start: int = 0
         """The first seed; the others follow it."""
-        preset: Literal[tuple(cls.sizes)] = preset_name
+        preset: Literal[tuple(cls.sizes)] = preset_name  # pyright: ignore[reportInvalidTypeForm]
         """How much computation: seconds, two CPU cores for up to about an hour, or one GPU."""
-        profile: Literal[tuple(profiles)] = profile_name
+        profile: Literal[tuple(profiles)] = profile_name  # pyright: ignore[reportInvalidTypeForm]
         """Named settings of the algorithm, on top of which preset and flags apply."""
         tensorboard: bool = False
         """Also write event files for TensorBoard."""
-        agent: cls = dataclasses.field(default_factory=lambda: chosen_agent)
+        agent: cls = dataclasses.field(default_factory=lambda: chosen_agent)  # pyright: ignore[reportInvalidTypeForm]
         settings: OnlineSettings = chosen_settings
 
     Train.__doc__ = inspect.getdoc(cls)
@@ -360,15 +365,21 @@ def _check_data(path: Positional[Path]) -> None:
 # --- The other commands ---
 
 
-def resume(run: Positional[Path]) -> None:
+def resume(run: Positional[Path], data: Path | None = None) -> None:
     """Go on with an interrupted run, exactly where its last checkpoint was made.
 
     Args:
         run: The run directory.
+        data: Where a planner's set lies now, if it was moved.
     """
     from eqgen import experiments, planning
 
-    (planning if planning.is_planning(run) else experiments).resume(run)
+    if planning.is_planning(run):
+        planning.resume(run, data=data)
+    elif data is not None:
+        raise experiments.ExperimentError("--data is for planners; this run is of an agent.")
+    else:
+        experiments.resume(run)
 
 
 def evaluate(
@@ -451,7 +462,7 @@ def render(
     """
     from eqgen import experiments, planning
 
-    options = dict(trained_seed=trained_seed, episodes=episodes, seed=seed)
+    options: dict[str, Any] = dict(trained_seed=trained_seed, episodes=episodes, seed=seed)
     if planning.is_planning(run):
         path, returns = planning.render(run, out, guidance=_guidance(guidance), **options)
     elif guidance is not None:
@@ -511,8 +522,8 @@ def benchmark(
     else:
         preset, first = preset or "cpu", seed_start or 0
         out = out or Path("runs", f"benchmark-{suite}-{preset}")
-        seeds = range(first, first + (3 if seeds is None else seeds))
-        written = run_suite(suite, preset, algorithms, seeds=seeds, out=out, envs=envs)
+        wanted = range(first, first + (3 if seeds is None else seeds))
+        written = run_suite(suite, preset, algorithms, seeds=wanted, out=out, envs=envs)
     print(written[0].read_text())
     for path in written:
         print(path)
@@ -538,7 +549,7 @@ def export(
     """
     from eqgen import deployment
 
-    options = dict(trained_seed=trained_seed, batch=batch, platforms=platforms)
+    options: dict[str, Any] = dict(trained_seed=trained_seed, batch=batch, platforms=platforms)
     print(deployment.export_policy(run, out or run / "policy.zip", **options))
 
 
@@ -607,7 +618,7 @@ def list_() -> None:
 
     print("algorithms")
     for name, cls in (experiments.algorithms() | _planners()).items():
-        about = inspect.getdoc(inspect.getmodule(cls)).splitlines()[0]
+        about = _first_line(inspect.getmodule(cls))
         print(f"  {name:<19}{about} Profiles: {', '.join(cls.profiles())}")
     print("\nenvironments")
     print("\n".join(f"  {name}" for name in catalog.available()))

@@ -83,8 +83,8 @@ def make(
         if value is None:
             raise DataError(f"The set {name} needs {flag}.")
     size = 1_000_000 if size is None else size
-    actor = None if run is None else _Trained(run)
-    best = None if expert is None else actor if expert == run else _Trained(expert)
+    actor: Any = None if run is None else _Trained(run)
+    best: Any = None if expert is None else actor if expert == run else _Trained(expert)
     task = actor.env if actor else _environment(env)
     if best and best.env.name != task.name:
         raise DataError(f"The expert of {expert} is of {best.env.name}, not of {task.name}.")
@@ -95,7 +95,7 @@ def make(
             episodes = rollout(actor.exploring, task, size, seed=seed)
         case "medium-replay":
             episodes = actor.replay()
-        case "medium-expert":
+        case _:  # medium-expert
             halves = [
                 rollout(who.exploring, task, size // 2, seed=seed + i) for i, who in enumerate((actor, best))
             ]
@@ -220,13 +220,14 @@ def _rollout_jax(policy, env, num_envs, steps, seed):
         reset_key, run_key = jr.split(key)
         state, obs = jax.vmap(lambda k: env.reset(key=k))(jr.split(reset_key, num_envs))
 
-        def one(state, obs, key):
+        def one(carry, key):
+            state, obs = carry
             act_key, step_key = jr.split(key)
             action = policy(obs, act_key)
             state, next_obs, t = step_autoreset(env, state, action, key=step_key)
             return (state, next_obs), (obs, action, t.reward, t.obs, t.terminated, t.truncated)
 
-        body = lambda carry, key: jax.vmap(one)(*carry, jr.split(key, num_envs))
+        body = lambda carry, key: jax.vmap(one)(carry, jr.split(key, num_envs))
         return jax.lax.scan(body, (state, obs), jr.split(run_key, steps))[1]
 
     return run(policy, jr.key(seed))

@@ -67,12 +67,13 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     `overall`: by algorithm the `iqm` of its scores with its `interval`, or None if it has none on some task. The
     best algorithm is the first.
     """
-    tasks, overall = {}, {}
+    tasks: dict[str, Any] = {}
+    overall: dict[str, Any] = {}
     for env in dict.fromkeys(row["env"] for row in rows):
         finished = [row for row in rows if row["env"] == env and row["status"] == "finished"]
         finished.sort(key=lambda row: np.mean(row["final_return"]), reverse=True)
-        random = finished[0]["random_return"] if finished else None
-        best = float(np.mean(finished[0]["final_return"])) if finished else None
+        random: Any = finished[0]["random_return"] if finished else None
+        best: Any = float(np.mean(finished[0]["final_return"])) if finished else None
         tasks[env] = {"random": random, "best": best, "algorithms": {}}
         for row in finished:
             final = np.array(row["final_return"])

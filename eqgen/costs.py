@@ -74,7 +74,7 @@ def agent_costs(
             new = update(new, batch, key)
         return new
 
-    memory = update.memory_analysis()
+    memory: Any = update.memory_analysis()
     size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return {
         **_timed("update", four_updates, 4, repeats),

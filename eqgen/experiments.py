@@ -22,7 +22,7 @@ import jax.random as jr
 import numpy as np
 
 from eqgen import algorithms as algorithms_package
-from eqgen.algorithms.base import AbstractAgent, AbstractLearner
+from eqgen.algorithms.base import AbstractAgent
 from eqgen.envs import catalog
 from eqgen.envs.base import example_transition
 from eqgen.evaluation import Policy, rollout_returns
@@ -39,7 +39,7 @@ from eqgen.training import (
 )
 
 
-def algorithms(base: type = AbstractAgent) -> dict[str, type[AbstractLearner]]:
+def algorithms(base: type = AbstractAgent) -> dict[str, type[Any]]:
     """The classes in `eqgen.algorithms` that can be used and derive from `base`, by name ("som" for `SOM`)."""
     found = {}
     for info in pkgutil.iter_modules(algorithms_package.__path__):
@@ -51,7 +51,7 @@ def algorithms(base: type = AbstractAgent) -> dict[str, type[AbstractLearner]]:
     return found
 
 
-def algorithm(name: str, base: type = AbstractAgent) -> type[AbstractLearner]:
+def algorithm(name: str, base: type = AbstractAgent) -> type[Any]:
     """The class of that name."""
     found = algorithms(base)
     if name not in found:

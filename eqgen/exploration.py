@@ -6,6 +6,8 @@ entropy per dimension, 0.5 log(2 pi e std^2), and a target. That entropy is know
 schedule: from std = 0.5 down to exp(target) / sqrt(2 pi e), 0.098 for the target -0.9, whatever the task does.
 """
 
+from typing import cast
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,7 @@ class AnnealedNoise(eqx.Module):
         """
         gap = entropy - self.target_entropy
         change, opt_state = optax.adam(self.learning_rate).update(gap, state.opt_state)
-        return NoiseState(state.log_scale + change, opt_state)
+        return NoiseState(state.log_scale + cast(Array, change), opt_state)
 
     def std(self, state: NoiseState) -> Scalar:
         """The standard deviation now, in units of the action box [-1, 1]."""

@@ -21,7 +21,7 @@ and the candidates of `MCSS(K)` are the first K of any larger K.
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import equinox as eqx
 import jax
@@ -69,8 +69,19 @@ def decode_plan(
 class AbstractPlanner(eqx.Module):
     """What schemes ask of a planner. `state` holds its parameters."""
 
-    schedule: eqx.AbstractVar[AbstractNoiseSchedule]
-    t_min: eqx.AbstractVar[float]
+    if (
+        TYPE_CHECKING
+    ):  # A checker takes an AbstractVar for a field; where a property overrides it there is none.
+
+        @property
+        def schedule(self) -> AbstractNoiseSchedule: ...
+
+        @property
+        def t_min(self) -> float: ...
+
+    else:
+        schedule: eqx.AbstractVar[AbstractNoiseSchedule]
+        t_min: eqx.AbstractVar[float]
 
     @abstractmethod
     def latent_shape(self, state: Any) -> tuple[int, int]:
@@ -252,7 +263,7 @@ def scheme(text: str) -> AbstractGuidance:
     try:
         if len(given) > len(fields):
             raise ValueError
-        values = {field.name: field.type(value) for field, value in zip(fields, given)}
+        values = {field.name: cast(type, field.type)(value) for field, value in zip(fields, given)}
     except ValueError:
         takes = ":".join([name, *(field.name.upper() for field in fields)])
         raise ValueError(f"{text!r} cannot be read; the form is {takes}, numbers, from the left.") from None

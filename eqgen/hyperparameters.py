@@ -73,7 +73,7 @@ def _find(name: Any) -> type[eqx.Module]:
     module, _, attribute = str(name).rpartition(".")
     if module.split(".")[0] == "eqgen":
         try:
-            cls = vars(importlib.import_module(module)).get(attribute)
+            cls: Any = vars(importlib.import_module(module)).get(attribute)
         except ImportError:
             cls = None
         if _is_ours(cls) and cls.__module__ == module:

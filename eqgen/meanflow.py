@@ -76,7 +76,7 @@ def average_velocity(
     The other way to a regression target: `x_r` comes from an ODE solver instead of the identity. Where
     `r = t` it is `velocity`, the limit. Safe to differentiate.
     """
-    gap = jnp.asarray(t - r, x_t.dtype)
+    gap = jnp.asarray(jnp.subtract(t, r), x_t.dtype)
     return jnp.where(gap == 0, velocity, (x_t - x_r) / jnp.where(gap == 0, 1, gap))
 
 
@@ -192,4 +192,4 @@ def gaussian_flow_map(
     """
     variance = lambda alpha, sigma: (alpha * std) ** 2 + sigma**2
     scale = jnp.sqrt(variance(alpha_r, sigma_r) / variance(alpha_t, sigma_t))
-    return alpha_r * mean + scale * (x_t - alpha_t * mean)
+    return jnp.asarray(alpha_r * mean + scale * (x_t - alpha_t * mean))

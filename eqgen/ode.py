@@ -10,6 +10,7 @@ differential equations" (2021), for the solvers.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import diffrax
 import jax
@@ -147,7 +148,8 @@ def reverse_sde(
         max_steps=num_steps,
         adjoint=diffrax.ForwardMode(),
     )
-    return solution.ys[-1], solution.ys
+    path = cast(Array, solution.ys)  # there is one, as `saveat` asks for it
+    return path[-1], path
 
 
 def log_likelihood(
@@ -234,4 +236,5 @@ def _solve(
         throw=throw,
     )
     failed = solution.result != diffrax.RESULTS.successful
-    return jax.tree.map(lambda y: jnp.where(failed, jnp.nan, y[0]), solution.ys[0]), solution.ys[1]
+    end, path = cast(tuple[PyTree, PyTree], solution.ys)
+    return jax.tree.map(lambda y: jnp.where(failed, jnp.nan, y[0]), end), path

@@ -16,7 +16,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int, Key, PyTree
 
-from eqgen.algorithms.base import AbstractLearner, Size
+from eqgen.algorithms.base import AbstractOfflineLearner, Size
 from eqgen.devices import spread_batches, spread_seeds, training_mesh
 from eqgen.loops import INIT, TRAIN, NonFiniteError, run_key
 from eqgen.tree import filter_fori_loop
@@ -84,7 +84,7 @@ def init_offline(make: Callable[..., PyTree], *args: PyTree, seeds: Sequence[int
 
 
 def train_offline(
-    learner: AbstractLearner,
+    learner: AbstractOfflineLearner,
     data: Data,
     settings: OfflineSettings,
     *,

@@ -20,7 +20,7 @@ a small sigma. Pure functions of one example: they work under vmap, jvp and grad
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Array, Float, ScalarLike
 
@@ -117,7 +117,7 @@ def convert(
 
 
 def converted(
-    fn: Callable[[Array, ScalarLike], Array], schedule: AbstractNoiseSchedule, *, source: Kind, target: Kind
+    fn: Callable[[Array, Any], Array], schedule: AbstractNoiseSchedule, *, source: Kind, target: Kind
 ) -> Callable[[Array, ScalarLike], Array]:
     """A function (x_t, t) -> `target` made from one that predicts `source`.
 

@@ -7,6 +7,7 @@ seed, and carries it in its checkpoints from then on.
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from eqgen.algorithms.base import AbstractLearner
+from eqgen.algorithms.base import AbstractPlanLearner
 from eqgen.algorithms.meanflow_planner import MeanFlowPlanner
 from eqgen.algorithms.planner import DiffusionPlanner
 from eqgen.algorithms.prior_guidance import PriorGuidance
@@ -31,7 +32,7 @@ from eqgen.envs import catalog
 from eqgen.envs.base import AbstractEnv
 from eqgen.evaluation import rollout_returns, rollout_rewards
 from eqgen.experiments import seed_index, write_clip
-from eqgen.guidance import AbstractGuidance, AbstractPlanner
+from eqgen.guidance import AbstractGuidance
 from eqgen.hyperparameters import HyperparametersError, from_json, to_json
 from eqgen.offline import OfflineSettings, OfflineState, init_offline, train_offline
 from eqgen.runs import Run
@@ -46,7 +47,7 @@ from eqgen.training import seed_slice
 class PlanningExperiment:
     """What a run is of: a learner, a set, its windows, the loop, seeds. `settings.json` is its JSON form."""
 
-    learner: AbstractLearner
+    learner: AbstractPlanLearner
     data: str
     """The path of the set."""
     windows: WindowSettings
@@ -55,7 +56,7 @@ class PlanningExperiment:
     env: str
     """The name of the environment in which it is judged."""
     checksum: str = ""
-    """Of the set's observations, actions and rewards: a run goes on with the data that it began with."""
+    """Of the set's content: a run goes on with the data that it began with. Empty in runs of early versions."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
@@ -82,7 +83,7 @@ class PlanningExperiment:
                 settings=OfflineSettings(**content["settings"]),
                 seeds=tuple(content["seeds"]),
                 env=content["env"],
-                checksum=content["checksum"],
+                checksum=content.get("checksum", ""),
             )
         except (KeyError, TypeError, ValueError, HyperparametersError) as error:
             raise ExperimentError(f"settings.json cannot be used: {error}") from error
@@ -149,7 +150,7 @@ def train(
         settings,
         check_seeds(seeds),
         env or environment_of(episodes.name),
-        _checksum(episodes),
+        _checksums(episodes)[0],
     )
     _make_env(experiment.env)
     begin = lambda data, example, normalizer: init_offline(
@@ -186,13 +187,17 @@ def train_on_planner(
     experiment = dataclasses.replace(base, learner=learner, settings=settings, data=str(data or base.data))
     make = getattr(learner, f"from_{field}")
     begin = lambda *_: init_offline(make, state, seeds=base.seeds)
-    return _train(experiment, formats.load(experiment.data)[1], begin, out, verbose)
+    episodes = _load(experiment.data, planner, "give the same command --data PATH")
+    experiment = dataclasses.replace(experiment, checksum=_same_set(experiment, episodes, planner))
+    return _train(experiment, episodes, begin, out, verbose)
 
 
-def resume(out: str | Path, *, verbose: bool = True) -> Run:
+def resume(out: str | Path, *, data: str | Path | None = None, verbose: bool = True) -> Run:
     """Goes on from the newest good checkpoint, exactly as if training had never stopped.
 
-    **Raises:** `ExperimentError` when the set is no longer the same, or nothing had been saved yet.
+    **Arguments:** `data`: where the set lies now, if it was moved. The run does not note it.
+
+    **Raises:** `ExperimentError` when the set is missing or no longer the same, or nothing had been saved yet.
     """
     with Run.open(out, write=True) as run:
         experiment = PlanningExperiment.from_json(run.settings)
@@ -200,23 +205,21 @@ def resume(out: str | Path, *, verbose: bool = True) -> Run:
             raise ExperimentError(
                 f"{run.path} stopped before its first checkpoint. Remove it and train again."
             )
-        episodes = formats.load(experiment.data)[1]
-        if _checksum(episodes) != experiment.checksum:
-            raise ExperimentError(f"{experiment.data} is not the set that {run.path} began with.")
-        data, example, normalizer = _prepare(experiment, episodes)
+        experiment = dataclasses.replace(experiment, data=str(data or experiment.data))
+        episodes = _load(experiment.data, run.path, f"go on with: eqgen resume {run.path} --data PATH")
+        _same_set(experiment, episodes, run.path)
+        batches, example, _ = _prepare(experiment, episodes)
         state, metadata = run.restore(_skeleton(experiment, example))
         if metadata["update"] == experiment.learner.total_updates:
             if verbose:
                 print(f"{run.path} is complete: all {metadata['update']} updates are done.")
             return run
         run.rewind(metadata["update"])
-        _drive(run, experiment, data, state, metadata, verbose)
+        _drive(run, experiment, batches, state, metadata, verbose)
     return Run.open(out)
 
 
 def _train(experiment, episodes, begin, out, verbose):
-    if _checksum(episodes) != experiment.checksum:
-        raise ExperimentError(f"{experiment.data} is not the set that the planner was trained on.")
     prepared = _prepare(experiment, episodes)
     with Run.create(out, experiment.to_json()) as run:
         _drive(run, experiment, prepared[0], begin(*prepared), {}, verbose)
@@ -266,12 +269,49 @@ def _summary(records):
     return {}, "  ".join(f"{name} {value:.4g}" for name, value in means.items())
 
 
-def _checksum(episodes: Episodes) -> str:
+# --- The set of a run ---
+
+
+def _load(data: str, run: str | Path, remedy: str) -> Episodes:
+    """The set on which a run was trained, from where it is said to lie."""
+    if not Path(data).exists():
+        seen = "" if Path(data).is_absolute() else f", seen from {Path.cwd()}"
+        raise ExperimentError(
+            f"{data} does not exist{seen}: the set that {run} was trained on. If it was moved, {remedy}"
+        )
+    return formats.load(data)[1]
+
+
+def _same_set(experiment: PlanningExperiment, episodes: Episodes, run: str | Path) -> str:
+    """The set's checksum, if it is the set that a run was trained on; of an early run that cannot be told."""
+    checksums = _checksums(episodes)
+    if not experiment.checksum:
+        warnings.warn(
+            f"{run} is of an early version, which noted no checksum of its set. {experiment.data} is taken for it "
+            "if its observations and actions are as long.",
+            stacklevel=3,
+        )
+    elif experiment.checksum not in checksums:
+        raise ExperimentError(
+            f"{experiment.data} is not the set that {run} was trained on: its content has another checksum. Say "
+            "by --data PATH where that set lies."
+        )
+    return checksums[0]
+
+
+def _checksums(episodes: Episodes) -> tuple[str, str]:
+    """Of all that windows are cut from; and as early versions had it, without where episodes end."""
     digest = hashlib.sha256()
-    for array in (episodes.observations, episodes.actions, episodes.rewards):
-        if array is not None:
-            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
+
+    def update(*arrays):
+        for array in arrays:
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return digest.hexdigest()
+
+    early = update(episodes.observations, episodes.actions, episodes.rewards)
+    ends = episodes.terminated, episodes.truncated, episodes.starts, episodes.streams
+    return update(*ends, episodes.final_observations), early
 
 
 # --- Trained planners ---
@@ -382,7 +422,7 @@ def render(
 class PlannerPolicy(eqx.Module):
     """A trained planner of one seed as a policy, `(obs, key) -> action`, and as the two halves of one."""
 
-    planner: AbstractPlanner
+    planner: AbstractPlanLearner
     state: PyTree
     guidance: AbstractGuidance
 

@@ -9,6 +9,7 @@ different methods should differ in line style or label as well.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
+from matplotlib.rcsetup import cycler
 from numpy.typing import ArrayLike
 
 from eqgen.envs.maze import GOAL_RADIUS, Maze2D
@@ -35,12 +37,12 @@ COLUMN_WIDTH = 3.35
 
 TEXT_WIDTH = 6.9
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib types the keys
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.labelsize": 8,
     "axes.linewidth": 0.6,
-    "axes.prop_cycle": plt.cycler(color=COLORS),
+    "axes.prop_cycle": cycler(color=list(COLORS)),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 8,
@@ -84,7 +86,7 @@ def style() -> AbstractContextManager:
 
 def subplots(
     rows: int = 1, columns: int = 1, *, width: float = COLUMN_WIDTH, aspect: float = 0.7, **kwargs
-) -> tuple[Figure, Axes | np.ndarray]:
+) -> tuple[Figure, Any]:
     """`plt.subplots`, `width` inches wide in all, each panel `aspect` times as high as wide."""
     with style():
         return plt.subplots(rows, columns, figsize=(width, width / columns * aspect * rows), **kwargs)
@@ -98,7 +100,7 @@ def learning_curve(
     label: str | None = None,
     band: str = "ci",
     show_seeds: bool = False,
-    **style,
+    **style: Any,
 ) -> str:
     """The mean over seeds with a band.
 
@@ -119,7 +121,7 @@ def learning_curve(
     if values.ndim != 2 or values.shape[1:] != steps.shape:
         raise ValueError(f"values has shape {values.shape}; (seeds, {steps.size}) is needed.")
     if steps.size == 1:  # which a line would not show
-        style = {"marker": "o"} | style
+        style = {"marker": "o", **style}
     (line,) = ax.plot(steps, values.mean(0), label=label, **style)
     if len(values) == 1:
         return "1 seed"
@@ -226,7 +228,7 @@ def maze_path(
     if times.shape != points.shape[:1]:
         raise ValueError(f"times has shape {times.shape}; one for each of {len(points)} positions is needed.")
     looks = {"norm": Normalize(times[0], times[-1]), "capstyle": "round", "linewidths": 1.2} | style
-    line = LineCollection(np.stack([points[:-1], points[1:]], axis=1), cmap=cmap, **looks)
+    line = LineCollection(list(np.stack([points[:-1], points[1:]], axis=1)), cmap=cmap, **looks)
     line.set_array((times[:-1] + times[1:]) / 2)
     ax.add_collection(line)
     for point, time, marker in ((points[0], times[0], "o"), (points[-1], times[-1], "s")):
@@ -236,7 +238,8 @@ def maze_path(
 
 
 def _grid(extent, resolution):
-    xs, ys = np.linspace(*extent[:2], resolution), np.linspace(*extent[2:], resolution)
+    x_min, x_max, y_min, y_max = extent
+    xs, ys = np.linspace(x_min, x_max, resolution), np.linspace(y_min, y_max, resolution)
     return xs, ys, jnp.stack(jnp.meshgrid(xs, ys), axis=-1)
 
 

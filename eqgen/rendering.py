@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -164,7 +164,7 @@ def _mjx_shots(policy, env, num_episodes, key, size, every):
                     data.qpos[:] = poses[t]
                     mujoco.mj_forward(model, data)
                     with _advice(env.name):
-                        picture = Image.fromarray(renderer.render("rgb_array"))
+                        picture = Image.fromarray(cast(np.ndarray, renderer.render("rgb_array")))
                     yield _Shot(picture, f"step {t + 1}   return {total:.1f}", episode, float(total))
     finally:
         renderer.close()
@@ -271,9 +271,9 @@ def _host_shots(policy, env, num_episodes, key, size, every):
     try:
         obs = envs.reset()
         for episode in range(num_episodes):
-            total = 0.0
+            total, picture = 0.0, None
             for t in range(env.max_steps):
-                if t % every == 0:
+                if picture is None or t % every == 0:
                     picture = Image.fromarray(_rendered(envs)).resize((size, size), Image.Resampling.LANCZOS)
                 action = policy(jnp.asarray(obs[0]), jr.fold_in(jr.fold_in(act_key, episode), t))
                 obs, timestep = envs.step(np.asarray(action)[None])
@@ -318,7 +318,8 @@ def _advice(name: str):
 
 def _drawn(size: int, paint: Callable[..., None], *args: Any) -> Image.Image:
     """What `paint(canvas, *args)` draws, scaled down to `size`."""
-    canvas = Image.new("RGB", (size * _OVERSAMPLING,) * 2, _PAPER)
+    side = size * _OVERSAMPLING
+    canvas = Image.new("RGB", (side, side), _PAPER)
     paint(canvas, *args)
     return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
@@ -349,7 +350,7 @@ def _write_mp4(path: Path, frames: list[Image.Image], fps: float) -> None:
         import imageio_ffmpeg
     except ImportError as error:
         raise ImportError("MP4 needs an encoder: pip install imageio-ffmpeg. GIF needs nothing.") from error
-    writer = imageio_ffmpeg.write_frames(str(path), frames[0].size, fps=fps, macro_block_size=2)
+    writer = imageio_ffmpeg.write_frames(str(path), frames[0].size, fps=fps, macro_block_size=2)  # pyright: ignore[reportArgumentType]  # a fraction does
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"os\.fork")  # harmless: the child becomes ffmpeg at once
         writer.send(None)

@@ -122,13 +122,13 @@ def ddim(
     def step(x, t, s, key=None):
         x_0 = denoise(x, t)
         eps = (x - schedule.alpha(t) * x_0) / schedule.sigma(t)
-        if eta > 0:
+        if eta > 0 and key is not None:
             q = -jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s))
             eps = jnp.sqrt(1 - eta**2 * q) * eps + eta * jnp.sqrt(q) * jr.normal(key, x.shape, x.dtype)
         x = schedule.alpha(s) * x_0 + schedule.sigma(s) * eps
         return x if project is None else project(x)
 
-    keys = (jr.split(key, jnp.size(ts) - 1),) if eta > 0 else ()
+    keys = () if key is None or eta == 0 else (jr.split(key, jnp.size(ts) - 1),)
     return _scan(step, x, *neighbours, *keys)
 
 
@@ -375,7 +375,7 @@ def reflect_into_box(low: ArrayLike = -1.0, high: ArrayLike = 1.0) -> Projection
     low, high = _check_box(low, high)
 
     def reflect(x):
-        width = high - low
+        width = jnp.subtract(high, low)
         folded = low + width - jnp.abs(jnp.mod(x - low, 2 * width) - width)
         # Rounding moves points that need no folding, and those next to a face across it.
         return jnp.where((low <= x) & (x <= high), x, jnp.clip(folded, low, high))

@@ -20,6 +20,7 @@ t >= 1e-3: small sigma is computed without subtracting from one.
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -103,7 +104,7 @@ class VPLinear(AbstractNoiseSchedule):
         """beta(t), the noise rate: f = -beta / 2 and g^2 = beta."""
         return self.beta_min + _floating(t) * (self.beta_max - self.beta_min)
 
-    def _integrated_beta(self, t):
+    def _integrated_beta(self, t: Any) -> Any:
         return t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
 
     def alpha(self, t: ScalarLike) -> Scalar:
@@ -116,7 +117,7 @@ class VPLinear(AbstractNoiseSchedule):
 
     def time_of_log_snr(self, log_snr: ScalarLike) -> Scalar:
         # The root of B(t) = log(1 + exp(-lambda)), in the form that does not cancel and allows constant beta.
-        integral = jax.nn.softplus(-log_snr)
+        integral = jax.nn.softplus(jnp.negative(log_snr))
         root = jnp.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * integral)
         return 2 * integral / (self.beta_min + root)
 
@@ -159,7 +160,7 @@ class VPCosine(AbstractNoiseSchedule):
     def time_of_log_snr(self, log_snr: ScalarLike) -> Scalar:
         theta_0 = self.s * self._rate
         cos_squared = jax.nn.sigmoid(log_snr) * jnp.cos(theta_0) ** 2
-        sin_squared = jnp.sin(theta_0) ** 2 + jax.nn.sigmoid(-log_snr) * jnp.cos(theta_0) ** 2
+        sin_squared = jnp.sin(theta_0) ** 2 + jax.nn.sigmoid(jnp.negative(log_snr)) * jnp.cos(theta_0) ** 2
         return jnp.arctan2(jnp.sqrt(sin_squared), jnp.sqrt(cos_squared)) / self._rate - self.s
 
 
@@ -184,7 +185,9 @@ class Geometric(AbstractNoiseSchedule):
         return self.sigma_min * jnp.exp(t * jnp.log(self.sigma_max / self.sigma_min))
 
     def time_of_log_snr(self, log_snr: ScalarLike) -> Scalar:
-        return (-0.5 * log_snr - jnp.log(self.sigma_min)) / jnp.log(self.sigma_max / self.sigma_min)
+        return (jnp.multiply(-0.5, log_snr) - jnp.log(self.sigma_min)) / jnp.log(
+            self.sigma_max / self.sigma_min
+        )
 
 
 class Karras(AbstractNoiseSchedule):

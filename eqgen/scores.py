@@ -98,7 +98,7 @@ def combine_values(
 ) -> ScoreEstimate:
     """The gradient-free estimate from proposals `x_0` and their log-weights (any common constant drops out)."""
     posterior_mean = _weighted_mean(log_weights, x_0)
-    score = (alpha_t * posterior_mean - x_t) / sigma_t**2
+    score = jnp.asarray((alpha_t * posterior_mean - x_t) / sigma_t**2)
     return ScoreEstimate(score, posterior_mean, _effective_samples(log_weights))
 
 

@@ -43,7 +43,7 @@ class Study:
 
     def agent(self, name: str) -> AbstractAgent:
         """The agent as it is trained, with the fields of the study's size."""
-        changes = dict(self.common) | self.changes.get(name, {})
+        changes = {**self.common, **self.changes.get(name, {})}
         return dataclasses.replace(self.agents[name].resized(self.size), **changes)
 
     def ablation(
@@ -59,7 +59,7 @@ class Study:
 
 def online_studies(agents: Mapping[str, AbstractAgent]) -> dict[str, Study]:
     """The studies that all papers on online learning share, so that their curves may stand in one figure."""
-    short = dict(loop=dict(eval_every=1_000, eval_episodes=20), common=dict(hidden=(64, 64)))
+    short: dict[str, Any] = dict(loop=dict(eval_every=1_000, eval_episodes=20), common=dict(hidden=(64, 64)))
     return {
         "pendulum-cpu": Study("gymnax/Pendulum-v1", "cpu", (0, 1, 2, 3, 4), agents, **short),
         "halfcheetah-cpu": Study("mujoco/HalfCheetah-v5", "cpu", (0,), agents),
@@ -224,12 +224,12 @@ def main(studies: Mapping[str, Study], *, folder: Path, results: Path, argv: Seq
     args = parser.parse_args(argv)
     if args.study is None:
         for name, study in studies.items():
-            agents = ", ".join(study.agents)
-            print(f"{name}: {study.env}, {study.settings.total_steps} steps, seeds {study.seeds}: {agents}")
+            names = ", ".join(study.agents)
+            print(f"{name}: {study.env}, {study.settings.total_steps} steps, seeds {study.seeds}: {names}")
         return
     study = studies[args.study]
     for unknown in (agent for agent in args.only or () if agent not in study.agents):
         parser.error(f"{args.study} has no agent {unknown!r}; it has {', '.join(study.agents)}.")
-    places = dict(folder=folder, results=results, seeds=args.seeds or ())
+    places: dict[str, Any] = dict(folder=folder, results=results, seeds=args.seeds or ())
     for agent in args.only or study.agents:
         print(run_study(study, args.study, agent, **places), flush=True)

@@ -65,12 +65,12 @@ class Sweep:
     algorithms: tuple[str, ...]
     envs: tuple[str, ...]
     seeds: tuple[int, ...]
-    preset: str = "cpu"
+    preset: Size = "cpu"
     seeds_together: bool = True
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     agent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     grid: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
-    resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    resources: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> "Sweep":
@@ -115,7 +115,7 @@ class Sweep:
                 raise ExperimentError(
                     f"{path}: resources.{name} is {value!r}; it must be a number, 0 or more."
                 )
-        lists = {name: tuple(content[name]) for name in ("algorithms", "envs", "seeds")}
+        lists: dict[str, Any] = {name: tuple(content[name]) for name in ("algorithms", "envs", "seeds")}
         return cls(**(content | lists))
 
     def runs(self) -> dict[str, Experiment]:
@@ -319,7 +319,7 @@ def _run_in_processes(folder, names, *, workers, verbose, written, **_):
 
 def _run_on_ray(folder, names, *, sweep, verbose, written, **_):
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError:
         raise ExperimentError("--engine ray needs Ray: pip install 'eqgen[ray]'.") from None
     if not ray.is_initialized():

@@ -164,9 +164,9 @@ class OnlineSettings:
 
     @classmethod
     def _on_policy_preset(cls, size):
-        common = dict(warmup_steps=0, batch_size=None)
+        common: dict[str, Any] = dict(warmup_steps=0, batch_size=None)
         if size == "smoke":
-            every = dict(log_every=100, eval_every=300, eval_episodes=2, checkpoint_every=100)
+            every: dict[str, Any] = dict(log_every=100, eval_every=300, eval_episodes=2, checkpoint_every=100)
             return cls(total_steps=300, num_envs=2, **every, **common)
         every = dict(log_every=10_000, eval_every=50_000, eval_episodes=20, checkpoint_every=100_000)
         return cls(total_steps=1_000_000, num_envs=8 if size == "cpu" else 1, **every, **common)
@@ -338,7 +338,7 @@ def compiled_policy(
     shapes or dtypes, and does not wait for its result.
     """
     act = lambda obs, key: agent.act(agent_state, obs, key=key, explore=False)
-    many = lambda obs, key: jax.vmap(act)(obs, jr.split(key, batch))
+    many = lambda obs, key: jax.vmap(act)(obs, jr.split(key, len(obs)))
     leading = () if batch is None else (batch,)
     obs = np.zeros((*leading, *obs_shape), np.float32)
     return compile_bound(act if batch is None else many, obs, jr.key(0))

@@ -16,6 +16,7 @@ from eqgen import checkpoint
 from eqgen.algorithms.base import AbstractAgent, AbstractLearner, AbstractOnPolicyAgent
 from eqgen.envs.base import example_transition
 from eqgen.guidance import AbstractPlanner
+from eqgen.loops import INIT, TRAIN, run_key
 from eqgen.training import compiled_policy
 from eqgen.tree import filter_scan
 from eqgen.types import Transition
@@ -77,11 +78,18 @@ def example(cls):
 
 
 @cache
+def compiled(cls):
+    """The agent, and its compiled `init` and `update`."""
+    agent = cls.tiny()
+    init = eqx.filter_jit(lambda key: agent.init(example(cls), key=key))
+    return agent, init, eqx.filter_jit(lambda state, batch, key: agent.update(state, batch, key=key))
+
+
+@cache
 def setup(cls):
     """The agent, its compiled update, and states after 0 and 2 updates."""
-    agent = cls.tiny()
-    update = eqx.filter_jit(lambda state, batch, key: agent.update(state, batch, key=key))
-    first = eqx.filter_jit(lambda key: agent.init(example(cls), key=key))(jr.key(0))
+    agent, init, update = compiled(cls)
+    first = init(jr.key(0))
     later, metrics = first, None
     for i in range(2):
         later, metrics = update(later, batch(cls, jr.key(i)), jr.key(10 + i))
@@ -128,6 +136,27 @@ def test_same_key_same_result_and_other_key_another(cls):
     once, again, other = (update(later, data, jr.key(k))[0] for k in (1, 1, 2))
     assert eqx.tree_equal(once, again)
     assert not eqx.tree_equal(once, other)
+
+
+@agents_and_planners
+def test_a_seed_decides_everything_to_the_last_bit_and_another_seed_is_another_start(cls):
+    """From nothing, with keys and batches that depend on the seed as those of a loop do."""
+    _, init, update = compiled(cls)
+
+    def run(seed):
+        states = [init(run_key(seed, INIT, 0))]
+        for i in range(2):
+            draw_key, update_key = jr.split(run_key(seed, TRAIN, i))
+            states.append(update(states[-1], batch(cls, draw_key), update_key)[0])
+        return states
+
+    once, again, other = run(0), run(0), run(1)
+    assert eqx.tree_equal(once, again)
+    weights = lambda states: [x for x in jax.tree.leaves(states[0]) if eqx.is_inexact_array(x) and x.ndim > 1]
+    drawn = [
+        (a, b) for a, b in zip(weights(once), weights(other)) if float(jnp.ptp(a)) > 0
+    ]  # some begin at 0
+    assert drawn and not any(bool(jnp.array_equal(a, b)) for a, b in drawn)
 
 
 @some_by_default

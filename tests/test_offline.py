@@ -7,7 +7,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from eqgen.algorithms.base import AbstractLearner
+from eqgen.algorithms.base import AbstractOfflineLearner
 from eqgen.loops import NonFiniteError
 from eqgen.offline import OfflineSettings, init_offline, train_offline
 from helpers import assert_trees_close
@@ -22,7 +22,7 @@ class Numbers(eqx.Module):
         return self.values[jr.randint(key, (n,), 0, len(self.values))]
 
 
-class Mean(AbstractLearner):
+class Mean(AbstractOfflineLearner):
     """Learns the mean of numbers; after `breaks` updates its loss is NaN."""
 
     total_updates: int = 12

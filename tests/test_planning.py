@@ -1,6 +1,7 @@
 """Planners on disk: sets, runs, what is learned on top, and how they are judged."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -77,22 +78,74 @@ def test_a_run_says_what_it_is_of(planner, data):
     assert planner.clock == "update" and [r["update"] for r in planner.metrics()] == [2, 2, 4, 4]
 
 
-@pytest.mark.parametrize("which", ["planner", pytest.param("prior", marks=pytest.mark.slow)])
-def test_resumed_runs_equal_whole_ones(which, request, tmp_path):
-    """As if it had been stopped after the first of two checkpoints; the later one is damaged."""
-    whole = request.getfixturevalue(which)
-    out = tmp_path / "again"
-    out.mkdir()
+def stopped(whole, out, **changes):
+    """A copy of a run as if it had been stopped after the first of two checkpoints (the later one is damaged)."""
     for path in whole.path.rglob("*"):
         if path.is_file() and path.name != ".lock":
-            (out / path.relative_to(whole.path)).parent.mkdir(exist_ok=True)
+            (out / path.relative_to(whole.path)).parent.mkdir(exist_ok=True, parents=True)
             (out / path.relative_to(whole.path)).write_bytes(path.read_bytes())
     newest = Run.open(out).checkpoints()[0]
     newest.write_bytes(newest.read_bytes()[:-100])
+    settings = {name: value for name, value in (whole.settings | changes).items() if value is not None}
+    (out / "settings.json").write_text(json.dumps(settings))
+    return out
+
+
+@pytest.mark.parametrize("which", ["planner", pytest.param("prior", marks=pytest.mark.slow)])
+def test_resumed_runs_equal_whole_ones(which, request, tmp_path):
+    whole = request.getfixturevalue(which)
+    out = stopped(whole, tmp_path / "again")
     with pytest.warns(UserWarning, match="Using the previous one"):
         again = planning.resume(out, verbose=False)
     assert log_of(again) == log_of(whole)
     assert_trees_close(planning.trained(out)[1], planning.trained(whole.path)[1], rtol=0, atol=0)
+
+
+def test_a_set_that_was_moved_is_asked_for_and_training_goes_on_with_it(
+    planner, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    out = stopped(planner, tmp_path / "run", data="sets/gone.hdf5")
+    assert cli.main(["resume", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f"sets/gone.hdf5 does not exist, seen from {tmp_path}" in said
+    assert f"eqgen resume {out} --data PATH" in said
+    assert cli.main(["resume", str(out), "--data", str(data)]) == 0
+    assert f"DiffusionPlanner on {data}" in capsys.readouterr().out
+    assert log_of(Run.open(out)) == log_of(planner)
+    with pytest.raises(ExperimentError, match="gone.hdf5 does not exist.*give the same command --data PATH"):
+        planning.train_on_planner(PriorGuidance.tiny(), out, SETTINGS, out=tmp_path / "prior")
+    assert not (tmp_path / "prior").exists()
+
+
+def test_a_run_goes_on_only_with_the_set_that_it_began_with(planner, data, tmp_path):
+    """Though observations, actions and rewards are the same: an episode ends elsewhere."""
+    episodes = d4rl.load(data)
+    ends = episodes.truncated.copy()
+    ends[1] = True
+    starts = np.unique([*episodes.starts, 2])
+    other = dataclasses.replace(episodes, truncated=ends, starts=starts)
+    d4rl.save(tmp_path / "maze2d-umaze.hdf5", episodes=other, resets="never", settings={})
+    out = stopped(planner, tmp_path / "run")
+    with pytest.raises(ExperimentError, match="is not the set that .*run was trained on.*--data PATH"):
+        planning.resume(out, data=tmp_path / "maze2d-umaze.hdf5", verbose=False)
+
+
+def test_sets_of_early_runs_are_known_by_what_was_noted_then(planner, data, tmp_path):
+    """First a checksum of the arrays alone, before that none."""
+    experiment = PlanningExperiment.from_json(planner.settings)
+    episodes = d4rl.load(data)
+    digest = hashlib.sha256()
+    for array in (episodes.observations, episodes.actions, episodes.rewards):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    assert experiment.checksum != digest.hexdigest()
+    out = stopped(planner, tmp_path / "arrays", checksum=digest.hexdigest())
+    with pytest.warns(UserWarning, match="Using the previous one"):
+        assert log_of(planning.resume(out, verbose=False)) == log_of(planner)
+    out = stopped(planner, tmp_path / "nothing", checksum=None)
+    with pytest.warns(UserWarning) as warned:
+        planning.resume(out, verbose=False)
+    assert "noted no checksum" in str(warned[0].message)
 
 
 def test_the_planner_below_stays_as_it_was_seed_for_seed(planner, prior):
@@ -107,7 +160,7 @@ def test_a_set_that_changed_is_refused(planner, tmp_path):
     d4rl.save(
         other, episodes=dataclasses.replace(episodes, name="eqgen/maze2d-umaze"), resets="never", settings={}
     )
-    with pytest.raises(ExperimentError, match="not the set that the planner was trained on"):
+    with pytest.raises(ExperimentError, match="not the set that .* was trained on"):
         planning.train_on_planner(
             PriorGuidance.tiny(), planner.path, SETTINGS, out=tmp_path / "out", data=other, verbose=False
         )

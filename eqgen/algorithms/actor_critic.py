@@ -38,7 +38,8 @@ from eqgen.tree import filter_cond, polyak, shared, tree_copy, vmap_in_blocks
 from eqgen.types import Metrics, Transition
 
 
-Observations, Actions = Float[Array, "batch obs"], Float[Array, "batch act"]
+Observations = Float[Array, "batch obs"]
+Actions = Float[Array, "batch act"]
 
 
 class ActorCriticState(eqx.Module):

@@ -7,7 +7,7 @@ each algorithm file writes out in full. Keys are arguments, never part of a stat
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 import equinox as eqx
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike
 
+from eqgen.guidance import AbstractGuidance, AbstractPlanner, Obs, Plan
 from eqgen.tree import polyak, tree_copy
 from eqgen.types import Metrics, Transition
 
@@ -49,7 +50,7 @@ class AbstractLearner(eqx.Module):
         """One update on a batch (records with a leading axis); pure: it may be jitted, scanned, vmapped."""
 
     @classmethod
-    def profiles(cls) -> dict[str, Self]:
+    def profiles(cls) -> Mapping[str, Self]:
         """Named settings of the method (`--profile` on the command line); "default" is always there."""
         return {"default": cls()}
 
@@ -82,6 +83,35 @@ class AbstractAgent(AbstractLearner):
 
     @abstractmethod
     def update(self, state: Any, batch: Transition, *, key: Key[Array, ""]) -> tuple[Any, Metrics]: ...
+
+
+class AbstractOfflineLearner(AbstractLearner):
+    """A learner on a fixed set, which says how long it learns."""
+
+    total_updates: eqx.AbstractVar[int]
+
+
+class AbstractPlanLearner(AbstractOfflineLearner, AbstractPlanner):
+    """A planner that is trained, and acts: what `eqgen.planning` asks of one."""
+
+    guidance: eqx.AbstractVar[AbstractGuidance]
+    """How plans are made unless another way is asked for."""
+
+    @abstractmethod
+    def init(self, example: Any, *, key: Key[Array, ""], normalizer: Any = None) -> eqx.Module:
+        """A fresh state; `normalizer` has the units of observations (None: those of the environment)."""
+
+    @abstractmethod
+    def plan(
+        self, state: Any, obs: Obs, *, key: Key[Array, ""], guidance: AbstractGuidance | None = None
+    ) -> Plan:
+        """A plan from an observation of the environment, as z-scores."""
+
+    @abstractmethod
+    def action_towards(
+        self, state: Any, obs: Obs, target: Obs, *, key: Key[Array, ""]
+    ) -> Float[Array, " act"]:
+        """The action from one state to the next, both as z-scores."""
 
 
 class AbstractOnPolicyAgent(AbstractAgent):

@@ -32,8 +32,9 @@ the latter above -250 after 7,000 updates [T]. The rates of [C] are meant for so
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +78,11 @@ class DACER(AbstractDiffusionAgent):
     reports = ("loss", "entropy")
 
     @classmethod
-    def profiles(cls) -> dict[str, Self]:
+    def profiles(cls) -> Mapping[str, Self]:
         """The authors' learning rates ("default"), and those by which [L] compares it with other methods."""
-        rates = dict(critic_learning_rate=3e-4, actor_learning_rate=3e-4, final_actor_learning_rate=3e-5)
+        rates: dict[str, Any] = dict(
+            critic_learning_rate=3e-4, actor_learning_rate=3e-4, final_actor_learning_rate=3e-5
+        )
         return {"default": cls(), "common-rates": cls(**rates)}
 
     def noisy_sample(

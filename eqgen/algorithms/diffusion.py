@@ -19,9 +19,9 @@ Differs from DDPM in:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import equinox as eqx
 import jax
@@ -31,7 +31,7 @@ import optax
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from eqgen.algorithms.base import AbstractLearner, Trained, averaging_rate
+from eqgen.algorithms.base import AbstractOfflineLearner, Trained, averaging_rate
 from eqgen.data.examples import Examples
 from eqgen.networks.temporal import DiT1D
 from eqgen.networks.unet import UNet1D
@@ -42,7 +42,7 @@ from eqgen.samplers import ddim, uniform_grid
 from eqgen.timesteps.adaptive import AdaptiveTimesteps
 from eqgen.timesteps.base import AbstractTimestepSampler
 from eqgen.timesteps.heuristics import StaticTimesteps
-from eqgen.timesteps.times import AbstractTimes, DiffusionChain, FlowIntervals
+from eqgen.timesteps.times import AbstractTimes, ContinuousTimes, DiffusionChain, FlowIntervals
 from eqgen.timesteps.weightings import BoundWeight
 
 
@@ -76,7 +76,7 @@ class Bound(NamedTuple):
         return self.decoder + jnp.sum(self.terms[..., 1:end], axis=-1) + self.prior
 
 
-class Diffusion(AbstractLearner):
+class Diffusion(AbstractOfflineLearner):
     """Hyperparameters and methods of the model. The defaults are DDPM's for data of unit variance.
 
     **Arguments:**
@@ -163,15 +163,15 @@ class Diffusion(AbstractLearner):
                 raise ValueError(f"Diffusion: {name}={getattr(self, name)} must lie in [0, 1).")
 
     @classmethod
-    def profiles(cls) -> dict[str, Self]:
+    def profiles(cls) -> Mapping[str, Self]:
         """ "adaptive": the adaptive sampler with its robust settings; "adaptive-paper": on the released code's
         chain for CIFAR-10, with its constants and optimiser."""
         chain = DiffusionChain(1000, betas="quad", variance="large")
-        released = dict(dropout=0.1, warmup=5_000)
+        released: dict[str, Any] = dict(dropout=0.1, warmup=5_000)
         return {
             "default": cls(),
-            "adaptive": cls(AdaptiveTimesteps(DiffusionChain(1000))),
-            "adaptive-paper": cls(AdaptiveTimesteps.paper(chain, policy="image_flat"), **released),
+            "adaptive": cls(timesteps=AdaptiveTimesteps(DiffusionChain(1000))),
+            "adaptive-paper": cls(timesteps=AdaptiveTimesteps.paper(chain, policy="image_flat"), **released),
         }
 
     @property
@@ -254,13 +254,17 @@ class Diffusion(AbstractLearner):
         """One example (`jax.vmap` over keys makes many), by DDIM on an even grid; `eta = 1` with all the steps of a
         chain is DDPM's ancestral sampling. Other arguments as in `denoiser`."""
         start_key, key = jr.split(key)
-        schedule, chain = self.times.schedule, isinstance(self.times, DiffusionChain)
-        high, low = (1.0, 0.0) if chain else (self.times.high, self.times.low)
-        ts = uniform_grid(num_steps, high, low)
-        if chain:
-            if num_steps > self.times.num_steps:
-                raise ValueError(f"num_steps={num_steps}: the chain has {self.times.num_steps}.")
-            ts = jnp.round(ts * self.times.num_steps) / self.times.num_steps
+        times, schedule = self.times, self.times.schedule
+        if isinstance(times, DiffusionChain):
+            if num_steps > times.num_steps:
+                raise ValueError(f"num_steps={num_steps}: the chain has {times.num_steps}.")
+            high = 1.0
+            ts = jnp.round(uniform_grid(num_steps, high, 0.0) * times.num_steps) / times.num_steps
+        elif isinstance(times, ContinuousTimes | FlowIntervals):
+            high = times.high
+            ts = uniform_grid(num_steps, high, times.low)
+        else:
+            raise ValueError(f"There is no grid of sampling times for {type(times).__name__}.")
         start = schedule.sigma(high) * jr.normal(start_key, state.shape)
         denoise = self.denoiser(state, label, weight=weight, clip=clip)
         return ddim(denoise, start, ts, schedule, eta=eta, key=key)[0]
@@ -331,9 +335,10 @@ class Diffusion(AbstractLearner):
         noised = schedule.perturb(x, jr.normal(eps_key, x.shape), time)
         predicted = self.predict(model, noised, time, *labels)
         eps = convert(predicted, noised, time, schedule, source=self.prediction, target="eps")
-        beta = float(self.times.tables.beta[0])
+        chain = cast(DiffusionChain, self.times)  # `bound` has seen to it
+        beta = float(chain.tables.beta[0])
         mean = (noised - beta / schedule.sigma(time) * eps) / math.sqrt(1 - beta)
-        std = math.sqrt(self.times.reverse_variance()[0])
+        std = math.sqrt(chain.reverse_variance()[0])
         if half_bin is None:
             return -jnp.mean(norm.logpdf(x, mean, std)) / math.log(2)
         # Mirrored into the lower tail, where the distribution function is small and differences are exact.
@@ -344,7 +349,7 @@ class Diffusion(AbstractLearner):
         gap = jnp.minimum(low - high, -jnp.finfo(x.dtype).eps)
         return -jnp.mean(high + jnp.log(-jnp.expm1(gap))) / math.log(2)
 
-    def _parts(self, x):
+    def _parts(self, x: Any) -> tuple[Array, tuple[Array, ...]]:
         """Data, and the labels in a tuple of their own, empty without classes."""
         return (x[0], (x[1],)) if self.num_classes else (x, ())
 
@@ -397,7 +402,7 @@ class Diffusion(AbstractLearner):
             raise ValueError(
                 f"num_classes={self.num_classes}, and the data have no labels: use num_classes=0."
             )
-        return (batch.x, batch.label) if self.num_classes else batch.x
+        return batch.x if batch.label is None or not self.num_classes else (batch.x, batch.label)
 
     # --- Initial state ---
 

@@ -125,15 +125,15 @@ class DIPO(AbstractDiffusionAgent):
     def delayed_update(self, state, *, batch, next_actions, key):
         """The frame's, on pairs with improved actions in place of the batch's."""
         draw_key, key = jr.split(key)
-        obs, actions = batch.obs, batch.action
         if self.write_back:
-            rows = jr.randint(draw_key, (len(obs),), 0, state.memory.size)
+            rows = jr.randint(draw_key, (len(batch.obs),), 0, state.memory.size)
             obs, actions = jax.tree.map(lambda x: x[rows], state.memory.data)
-        actions = self.improved(state.critics, obs, actions)
-        if self.write_back:
+            actions = self.improved(state.critics, obs, actions)
             replace = lambda old: old.at[rows].set(actions)
             memory = eqx.tree_at(lambda m: m.data[1], state.memory, replace_fn=replace)
             state = dataclasses.replace(state, memory=memory)
+        else:
+            obs, actions = batch.obs, self.improved(state.critics, batch.obs, batch.action)
         batch = dataclasses.replace(batch, obs=obs, action=actions)
         return super().delayed_update(state, batch=batch, next_actions=next_actions, key=key)
 

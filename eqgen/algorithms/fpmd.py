@@ -54,13 +54,14 @@ from eqgen.meanflow import meanflow_target
 from eqgen.networks.policies import MeanVelocity, Velocity
 
 
-Action, Obs = Float[Array, " act"], Float[Array, " obs"]
+Action = Float[Array, " act"]
+Obs = Float[Array, " obs"]
 
 
 class AbstractFPMD(AbstractActorCritic):
     """What the two variants share: the weights, and one step when evaluated."""
 
-    num_steps: eqx.AbstractVar[int]
+    num_steps: eqx.AbstractVar[int]  # pyright: ignore[reportGeneralTypeIssues]  # it is no field yet
     """Steps of the flow while training: of the behaviour and of the samples regressed on."""
     num_eval_steps: int = 1
     num_eval_candidates: int = 1

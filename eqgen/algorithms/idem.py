@@ -32,7 +32,7 @@ Differs from the code in:
 - Sampling starts from N(0, I), where the chain ends; [C] halves it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, Self
 
 import jax
@@ -63,7 +63,7 @@ class IDEM(AbstractDiffusionAgent):
     reports = ("loss", "effective_samples", "target_norm")
 
     @classmethod
-    def profiles(cls) -> dict[str, Self]:
+    def profiles(cls) -> Mapping[str, Self]:
         return {"default": cls(), "code": cls(proposals="clipped")}
 
     def score(

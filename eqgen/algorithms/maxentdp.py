@@ -46,7 +46,7 @@ still rising (`benchmarks/results/pendulum`). That rewards are not scaled, so th
 hundreds to learn, may be what makes it slow [I].
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ class MaxEntDP(AbstractDiffusionAgent):
     ) -> tuple[Float[Array, " act"], Float[Array, ""]]:
         """The noise in a_t under the policy exp(Q / beta) / Z on the box, and the effective number of proposals."""
         log_density = lambda action: self.q_value(critics, obs, action) / self.temperature
-        level = dict(alpha_t=alpha_t, sigma_t=sigma_t, num_samples=self.num_proposals)
+        level: dict[str, Any] = dict(alpha_t=alpha_t, sigma_t=sigma_t, num_samples=self.num_proposals)
         estimate = scores.truncated_score(log_density, a_t, **level, key=key)
         return -sigma_t * estimate.score, estimate.effective_samples
 

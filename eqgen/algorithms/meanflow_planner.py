@@ -30,10 +30,10 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, Scalar
 
 from eqgen import meanflow, samplers
-from eqgen.algorithms.base import AbstractLearner, Size, Trained, averaging_rate
+from eqgen.algorithms.base import AbstractPlanLearner, Size, Trained, averaging_rate
 from eqgen.algorithms.planner import Action, DiffusionPlanner, PlannerState, States
 from eqgen.data.normalizer import Normalizer
-from eqgen.guidance import AbstractGuidance, AbstractPlanner, Obs, Plan, Unconditional
+from eqgen.guidance import AbstractGuidance, Obs, Plan, Unconditional
 from eqgen.meanflow import Interval
 from eqgen.networks.temporal import MeanVelocityDiT1D
 from eqgen.parameterizations import convert
@@ -57,7 +57,7 @@ class MeanFlowPlannerState(eqx.Module):
         return self.teacher.normalizer
 
 
-class MeanFlowPlanner(AbstractLearner, AbstractPlanner):
+class MeanFlowPlanner(AbstractPlanLearner):
     """Hyperparameters and methods of the distilled planner."""
 
     teacher: DiffusionPlanner = DiffusionPlanner()
@@ -236,7 +236,7 @@ class MeanFlowPlanner(AbstractLearner, AbstractPlanner):
             self.optimizer, self.flow_loss, state.teacher, states, draw, key=key, rate=rate, has_aux=True
         )
         timesteps = state.timesteps
-        if sampler is not None:
+        if sampler is not None and draw is not None:  # both or neither
             objective = lambda network, x_0, t, key: self.interval_loss(
                 network, state.teacher, x_0, *t, key=key
             )[1]["meanflow_error"]
@@ -263,12 +263,12 @@ class MeanFlowPlanner(AbstractLearner, AbstractPlanner):
 
     def from_teacher(self, teacher: PlannerState, *, key: Key[Array, ""]) -> MeanFlowPlannerState:
         """A fresh network under a trained teacher."""
-        network_key, timesteps_key = jr.split(key) if self.timesteps is not None else (key, None)
-        network = MeanVelocityDiT1D(teacher.obs_size, self.width, self.depth, self.num_heads, key=network_key)
-        timesteps = None
+        network_key, timesteps = key, None
         if self.timesteps is not None:
+            network_key, timesteps_key = jr.split(key)
             example = jnp.zeros((teacher.horizon, teacher.obs_size))
             timesteps = self.timesteps.init(example, key=timesteps_key)
+        network = MeanVelocityDiT1D(teacher.obs_size, self.width, self.depth, self.num_heads, key=network_key)
         return MeanFlowPlannerState(
             teacher, Trained.begin(network, self.optimizer), timesteps, step=jnp.zeros((), jnp.int32)
         )

@@ -36,7 +36,7 @@ clipping follow NC-LQL's [I].
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import equinox as eqx
@@ -333,10 +333,11 @@ class NCLQL(AbstractLangevinAgent):
     @classmethod
     def boltzmann(cls, **overrides: Any) -> Self:
         """The mode that samples exp(w Q) [I]."""
-        return cls(**(dict(mode="boltzmann") | overrides))
+        overrides.setdefault("mode", "boltzmann")
+        return cls(**overrides)
 
     @classmethod
-    def profiles(cls) -> dict[str, Self]:
+    def profiles(cls) -> Mapping[str, Self]:
         return {"default": cls(), "reference": cls(), "boltzmann": cls.boltzmann()}
 
     # --- The noise ladder ---

@@ -26,6 +26,7 @@ Differs from the released code in:
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -36,14 +37,13 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, Scalar
 
-from eqgen.algorithms.base import AbstractLearner, Trained, averaging_rate
+from eqgen.algorithms.base import AbstractPlanLearner, Trained, averaging_rate
 from eqgen.data.normalizer import Normalizer
 from eqgen.data.planning import PlannerBatch
 from eqgen.data.windows import Window
 from eqgen.guidance import (
     MCSS,
     AbstractGuidance,
-    AbstractPlanner,
     Obs,
     Plan,
     Solver,
@@ -66,7 +66,8 @@ from eqgen.tree import filter_cond, shared
 from eqgen.types import Transition
 
 
-States, Labels = Float[Array, "batch horizon obs"], Float[Array, " batch"]
+States = Float[Array, "batch horizon obs"]
+Labels = Float[Array, " batch"]
 Action = Float[Array, " act"]
 
 
@@ -85,12 +86,12 @@ class PlannerState(eqx.Module):
     step: Int[Array, ""]
 
 
-class DiffusionPlanner(AbstractLearner, AbstractPlanner):
+class DiffusionPlanner(AbstractPlanLearner):
     """Hyperparameters and methods of the planner. The defaults are those of Maze2D."""
 
     # The model of plans
-    schedule: AbstractNoiseSchedule = VPLinear(0.1, 20.0)
-    t_min: float = 1e-3
+    schedule: AbstractNoiseSchedule = VPLinear(0.1, 20.0)  # pyright: ignore[reportIncompatibleMethodOverride]
+    t_min: float = 1e-3  # pyright: ignore[reportIncompatibleMethodOverride]
     network: Literal["dit", "unet"] = "dit"
     width: int = 256
     depth: int = 2
@@ -196,14 +197,14 @@ class DiffusionPlanner(AbstractLearner, AbstractPlanner):
             )
 
     @classmethod
-    def profiles(cls) -> dict[str, Self]:
+    def profiles(cls) -> Mapping[str, Self]:
         """By family of tasks [C]; "adaptive": the default with learned timesteps, rewarded by the bound; and
         "corrected": the default with another decoder and debiased averages.
 
         Ten steps of DPM-Solver++(2M) equal in the log-SNR give plans of N(0, sd^2) a deviation that is off by 3.5,
         3.3 and .8 per cent for sd = 1, .5 and .1; the default's twenty of DDIM equal in t by 8.7, 13 and 44 [T].
         """
-        locomotion = dict(num_heads=8, plan_value="mean_of_states", rebase=False)
+        locomotion: dict[str, Any] = dict(num_heads=8, plan_value="mean_of_states", rebase=False)
         return {
             "default": cls(),
             "maze2d": cls(),

@@ -32,6 +32,7 @@ Differs from the released code in:
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import equinox as eqx
@@ -41,10 +42,10 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from eqgen.algorithms.base import AbstractLearner, Size, Trained
+from eqgen.algorithms.base import AbstractPlanLearner, Size, Trained
 from eqgen.algorithms.planner import Action, DiffusionPlanner
 from eqgen.data.normalizer import Normalizer
-from eqgen.guidance import AbstractGuidance, AbstractPlanner, Latent, Obs, Plan, Prior
+from eqgen.guidance import AbstractGuidance, Latent, Obs, Plan, Prior
 from eqgen.networks.priors import FlowPrior, GaussianPrior, MixturePrior
 from eqgen.networks.temporal import HorizonCritic
 
@@ -81,10 +82,10 @@ class PriorGuidanceState(eqx.Module):
         return self.planner.normalizer
 
 
-class PriorGuidance(AbstractLearner, AbstractPlanner):
+class PriorGuidance(AbstractPlanLearner):
     """Hyperparameters and methods of Prior Guidance. It is itself a planner: the one with the learned prior."""
 
-    planner: AbstractPlanner = DiffusionPlanner()
+    planner: AbstractPlanLearner = DiffusionPlanner()
     guidance: AbstractGuidance = Prior()
     """How it acts: decoding the prior's mode [C], or `Prior(sample=True)`."""
     num_train_steps: int | None = 5
@@ -155,11 +156,12 @@ class PriorGuidance(AbstractLearner, AbstractPlanner):
     @classmethod
     def corrected(cls, **overrides: Any) -> Self:
         """One accurate decoder for training and acting, no squash, debiased averages of the planner [I]."""
-        settings = dict(planner=DiffusionPlanner.profiles()["corrected"], num_train_steps=None, squash=None)
+        planner = DiffusionPlanner.profiles()["corrected"]
+        settings: dict[str, Any] = dict(planner=planner, num_train_steps=None, squash=None)
         return cls(**(settings | overrides))
 
     @classmethod
-    def profiles(cls) -> dict[str, Self]:
+    def profiles(cls) -> Mapping[str, Self]:
         """The released code by family of tasks [C], and "corrected"."""
         names = ("maze2d", "antmaze", "kitchen", "mujoco")
         by_family = {name: cls(planner=DiffusionPlanner.profiles()[name]) for name in names}
@@ -346,10 +348,8 @@ class PriorGuidance(AbstractLearner, AbstractPlanner):
         self, prior: Trained, latent_value: Any, obs: Batch, *, key: Key[Array, ""]
     ) -> tuple[Trained, dict[str, Float[Array, ""]]]:
         """One step of the prior, which needs no denoiser."""
-        step = dict(rate=self.tau, has_aux=True)
-        prior, (_, metrics) = prior.step(
-            self.prior_optimizer, self.prior_loss, latent_value, obs, key=key, **step
-        )
+        what = self.prior_optimizer, self.prior_loss, latent_value, obs
+        prior, (_, metrics) = prior.step(*what, key=key, rate=self.tau, has_aux=True)
         return prior, metrics
 
     # --- Initial state ---

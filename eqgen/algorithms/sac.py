@@ -15,6 +15,8 @@ Differs from the paper in:
   the factor alpha that differentiating alpha itself would add.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -130,7 +132,7 @@ class SAC(AbstractAgent):
         critics = QEnsemble(obs_size, action_size, self.hidden, self.activation, key=critic_key)
         return self.from_networks(actor, critics)
 
-    def from_networks(self, actor: eqx.Module, critics: eqx.Module) -> SACState:
+    def from_networks(self, actor: Any, critics: Any) -> SACState:
         """A fresh state around networks of your own: `actor.sample(obs, key=)`, `actor.mode(obs)`, and
         `critics(obs, action)` that returns one value per member."""
         log_temperature = jnp.log(jnp.array(self.initial_temperature, float))

@@ -33,7 +33,7 @@ Differs from the paper, as far as we know it, in:
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -57,7 +57,8 @@ from eqgen.types import Metrics, Transition
 
 
 Q = Callable[[Float[Array, " obs"], Float[Array, " act"]], Float[Array, ""]]
-Observations, Actions = Float[Array, "batch obs"], Float[Array, "batch act"]
+Observations = Float[Array, "batch obs"]
+Actions = Float[Array, "batch act"]
 Times = Float[Array, " batch"]
 
 
@@ -153,17 +154,19 @@ class SOM(AbstractAgent):
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
         """The paper's estimator and velocity, as far as known [3P]: gradient form, unit-norm score, w = 25."""
-        estimator = dict(estimator="gradient", q_normalization="batch", inverse_temperature=1.0)
-        return cls(**(estimator | dict(score_mode="unit", score_weight=25.0, loss_power=1.0) | overrides))
+        fields: dict[str, Any] = dict(estimator="gradient", q_normalization="batch", inverse_temperature=1.0)
+        return cls(**(fields | {"score_mode": "unit", "score_weight": 25.0, "loss_power": 1.0} | overrides))
 
     @classmethod
     def safe(cls, **overrides: Any) -> Self:
         """Box-aware estimator and the unscaled probability-flow velocity [I]; alpha is a plain temperature."""
-        estimator = dict(estimator="truncated", q_normalization="advantage", inverse_temperature=5.0)
-        return cls(**(estimator | dict(score_mode="raw", loss_power=0.5) | overrides))
+        fields: dict[str, Any] = dict(
+            estimator="truncated", q_normalization="advantage", inverse_temperature=5.0
+        )
+        return cls(**(fields | {"score_mode": "raw", "loss_power": 0.5} | overrides))
 
     @classmethod
-    def profiles(cls) -> dict[str, Self]:
+    def profiles(cls) -> Mapping[str, Self]:
         return {"default": cls(), "paper": cls.paper(), "safe": cls.safe()}
 
     # --- Acting ---
@@ -339,7 +342,9 @@ class SOM(AbstractAgent):
             else:
                 u, u_target = u_theta(a_t, r, t), average
             error = u - u_target
-            weighting = dict(power=self.loss_power, c=self.loss_constant, reduction=self.loss_reduction)
+            weighting: dict[str, Any] = dict(
+                power=self.loss_power, c=self.loss_constant, reduction=self.loss_reduction
+            )
             return meanflow.adaptive_loss(error, **weighting), jnp.mean(error**2)
 
         loss, squared = jax.vmap(one)(obs, a_t, r, t, v, average)

@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import h5py
 import numpy as np
@@ -69,7 +69,7 @@ def load(
     """
     with hdf5.opened(path) as file:
         own = attributes(file)
-        name = name or own.get("name") or set_name(path)
+        name = str(name or own.get("name") or set_name(path))
         family = name.removeprefix("eqgen/")
         limits = [limit for prefix, limit in _STEP_LIMITS.items() if family.startswith(prefix)]
         step_limit = step_limit or (limits[0] if limits else None)
@@ -113,7 +113,8 @@ def set_name(path: str | Path) -> str:
 
 
 def _resets(family: str) -> Resets:
-    return {"maze2d": "never", "antmaze": "timeouts"}.get(family.split("-")[0], "ends")
+    known: dict[str, Resets] = {"maze2d": "never", "antmaze": "timeouts"}
+    return known.get(family.split("-")[0], "ends")
 
 
 def _ends(file, n, following, step_limit):
@@ -164,7 +165,7 @@ def _streams(file, resets, terminated, truncated):
             raise DataError("metadata/stream_starts do not ascend from 0 to below the number of rows.")
         return np.append(starts, n)
     ends = {"ends": terminated | truncated, "timeouts": truncated, "never": np.zeros(n, bool)}[resets]
-    return np.unique([0, *np.flatnonzero(ends) + 1, n])
+    return np.unique(np.concatenate([[0], np.flatnonzero(ends) + 1, [n]]))
 
 
 class _NextObservations:
@@ -247,7 +248,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     content = hashlib.sha256()
     for key in sorted(arrays):
         content.update(f"{key} {arrays[key].dtype.str} {arrays[key].shape}".encode())
-        content.update(memoryview(np.ascontiguousarray(arrays[key])).cast("B"))
+        content.update(np.ascontiguousarray(arrays[key]).data.cast("B"))
     return content.hexdigest()
 
 
@@ -260,7 +261,7 @@ def attributes(file: h5py.File) -> dict[str, Any]:
         return {}
     remedy = "Remove it (`del file.attrs['eqgen']`) to read the file as anyone's, or make the set anew."
     try:
-        own = json.loads(file.attrs["eqgen"])
+        own = json.loads(cast(str, file.attrs["eqgen"]))
     except (ValueError, TypeError, OSError) as error:
         raise DataError(f"the attribute eqgen is not JSON: {error}. {remedy}") from error
     if not isinstance(own, dict) or own.get("format") != 1:

@@ -44,8 +44,8 @@ def summary(path: str | Path) -> dict[str, Any]:
         "episodes": f"{episodes.num_episodes}, {span}",
         "streams": len(episodes.streams) - 1,
         "ends": f"{int(episodes.terminated.sum())} terminated, {int(episodes.truncated.sum())} truncated",
-        "observations": _ranges(episodes.observations),
-        "actions": _ranges(episodes.actions),
+        "observations": _ranges(np.asarray(episodes.observations)),
+        "actions": _ranges(np.asarray(episodes.actions)),
     }
     if episodes.rewards is not None:
         returns = episodes.returns()

@@ -7,6 +7,7 @@ hold. Such datasets are refused by name. Nothing in a file is ever unpickled or 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import h5py
 import numpy as np
@@ -81,7 +82,7 @@ def child(group: h5py.Group, key: str) -> h5py.Group | h5py.Dataset | None:
                 raise DataError(
                     f"{key} is a link to elsewhere, which is not followed. Store the array itself."
                 )
-            group = group[part]
+            group = cast(h5py.Group, group[part])  # or another; the next turn looks
     return group
 
 

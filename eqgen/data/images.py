@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def digits() -> ExampleData:
 
     **Raises:** `ImportError` without scikit-learn.
     """
-    content = _sklearn_datasets().load_digits()
+    content: Any = _sklearn_datasets().load_digits()
     return ExampleData(content.images.astype(np.uint8)[:, None], content.target, levels=17)
 
 
@@ -201,7 +201,7 @@ def _archive_contents(path, wanted):
                 if not member.isreg():
                     raise DataError(f"{path}: {member.name!r} is no plain file. Download it again.")
                 _check_bytes(f"{path}: {member.name}", member.size)
-                contents[inside.name] = archive.extractfile(member).read()
+                contents[inside.name] = cast(IO[bytes], archive.extractfile(member)).read()
         while archive.fileobj.read(2**20):
             pass  # up to the checksum, which stands at the end
     return contents
@@ -265,7 +265,8 @@ def _unpickled(content: bytes) -> Any:
     **Raises:** `DataError` naming what it asks for beyond that; `ValueError`, `TypeError`, `LookupError` or
     `AttributeError` where it is damaged.
     """
-    stack, marks, memo = [], [], {}
+    stack: list[Any] = []
+    marks, memo = [], {}
 
     def since_mark():
         begin = marks.pop()
@@ -273,6 +274,7 @@ def _unpickled(content: bytes) -> Any:
         del stack[begin:]
         return items
 
+    value: Any
     for opcode, value, _ in pickletools.genops(content):
         match opcode.name:
             case "PROTO":

@@ -192,7 +192,7 @@ def _hdf5_episodes(file: h5py.File, count: int, keys) -> Iterator[dict[str, np.n
 
 def _arrow_episodes(folder: Path, count: int, keys) -> Iterator[dict[str, np.ndarray]]:
     try:
-        import pyarrow
+        import pyarrow  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError:
         raise DataError(
             f"{folder.parent} is stored as Arrow tables, which need pyarrow: pip install 'pyarrow>=15'. Or "
@@ -211,7 +211,9 @@ def _arrow_episodes(folder: Path, count: int, keys) -> Iterator[dict[str, np.nda
             with pyarrow.memory_map(str(files[0])) as source:
                 table = pyarrow.ipc.open_file(source).read_all().combine_chunks()
                 table.validate(full=True)
-                columns = {key: _column(table.column(key)) for key in ("observations", *_FIELDS)}
+                columns: dict[str, Any] = {
+                    key: _column(table.column(key)) for key in ("observations", *_FIELDS)
+                }
         except (pyarrow.ArrowException, OSError, KeyError) as error:
             raise DataError(f"{files[0]} is damaged: {error}") from error
         if isinstance(columns["observations"], dict):

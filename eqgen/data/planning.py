@@ -127,7 +127,7 @@ def family_of(name: str) -> Family:
     **Raises:** `DataError` when the name tells none.
     """
     short = name.rsplit("/", 1)[-1].lower()
-    starts = {"maze2d": "maze2d", "antmaze": "antmaze", "kitchen": "kitchen"}
+    starts: dict[str, Family] = {"maze2d": "maze2d", "antmaze": "antmaze", "kitchen": "kitchen"}
     starts |= {task: "mujoco" for task in ("halfcheetah", "hopper", "walker2d", "ant-")}
     for start, family in starts.items():
         if short.startswith(start):

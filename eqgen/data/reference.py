@@ -54,7 +54,7 @@ def mean_score(scored: Sequence[tuple[Scale, Num[np.ndarray, "..."]]]) -> float:
         raise ValueError(
             f"There is no common scale of {mixed}. Average sets of one origin, or compare success and returns."
         )
-    return float(np.mean([scale.score(np.asarray(returns)).mean() for scale, returns in scored]))
+    return float(np.mean([np.mean(scale.score(np.asarray(returns))) for scale, returns in scored]))
 
 
 _INFOS = "d4rl/infos.py"

@@ -118,11 +118,11 @@ class TruncationProbe(AbstractProbe):
 
 
 PROBES = {
-    "constant": lambda: OneStepProbe("probe/constant", "nothing"),
-    "observation": lambda: OneStepProbe("probe/observation", "observation"),
+    "constant": lambda: OneStepProbe("probe/constant", depends_on="nothing"),
+    "observation": lambda: OneStepProbe("probe/observation", depends_on="observation"),
     "delayed": DelayedProbe,
-    "action": lambda: OneStepProbe("probe/action", "action"),
-    "both": lambda: OneStepProbe("probe/both", "both"),
+    "action": lambda: OneStepProbe("probe/action", depends_on="action"),
+    "both": lambda: OneStepProbe("probe/both", depends_on="both"),
     "truncation": TruncationProbe,
 }
 """The constructors by catalog name."""

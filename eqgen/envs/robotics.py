@@ -30,6 +30,7 @@ observation of 60 has no velocities: it is `obs[..., KITCHEN_AS_IN_D4RL]`, but f
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import gymnasium
@@ -43,7 +44,7 @@ from eqgen.envs.host import HostEnv
 
 
 try:
-    import gymnasium_robotics
+    import gymnasium_robotics  # pyright: ignore[reportMissingImports]  # an extra
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         'The tasks of robotics/ need gymnasium-robotics. Remedy: pip install "eqgen[offline]"'
@@ -95,9 +96,10 @@ class MazeVector(gymnasium.ObservationWrapper, RecordConstructorArgs):
         RecordConstructorArgs.__init__(self, keys=keys)
         super().__init__(env)
         self.keys = keys
-        size = sum(env.observation_space[key].shape[0] for key in keys)
+        spaces: Any = env.observation_space
+        size = sum(spaces[key].shape[0] for key in keys)
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)
-        maze = env.unwrapped
+        maze: Any = env.unwrapped
         simulator = getattr(maze, "point_env", None) or maze.ant_env
         self.metadata = {**env.metadata, "render_fps": round(1 / simulator.dt)}  # both declare 50
         Path(maze.tmp_xml_file_path).unlink(missing_ok=True)  # compiled by now, and otherwise left behind
@@ -110,19 +112,20 @@ class KitchenVector(gymnasium.Wrapper, RecordConstructorArgs):
     """The kitchen's observation and goal in one vector, all its randomness from `np_random`."""
 
     def __init__(self, env: gymnasium.Env):
-        from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_INDICES
+        from gymnasium_robotics.envs.franka_kitchen import kitchen_env  # pyright: ignore[reportMissingImports]
 
         RecordConstructorArgs.__init__(self)
         super().__init__(env)
-        kitchen = env.unwrapped
+        kitchen: Any = env.unwrapped
         self._goal = np.zeros(kitchen.model.nq)
         for task, values in kitchen.goal.items():
-            self._goal[OBS_ELEMENT_INDICES[task]] = values
-        size = env.observation_space["observation"].shape[0] + kitchen.model.nq
+            self._goal[kitchen_env.OBS_ELEMENT_INDICES[task]] = values
+        spaces: Any = env.observation_space
+        size = spaces["observation"].shape[0] + kitchen.model.nq
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        kitchen = self.unwrapped
+        kitchen: Any = self.unwrapped
         if seed is not None:
             kitchen.np_random = seeding.np_random(seed)[0]
         # The noise of all sensors is drawn by the robot inside, from a generator of its own.
@@ -131,8 +134,8 @@ class KitchenVector(gymnasium.Wrapper, RecordConstructorArgs):
         return self._vector(observation), info
 
     def step(self, action: np.ndarray):
-        observation, *outcome = self.env.step(action)
-        return self._vector(observation), *outcome
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self._vector(observation), reward, terminated, truncated, info
 
     def _vector(self, observation: dict) -> Float[np.ndarray, " obs"]:
         return np.concatenate([observation["observation"], self._goal])
@@ -143,7 +146,7 @@ class KitchenVector(gymnasium.Wrapper, RecordConstructorArgs):
 
 def make_kitchen(**kwargs) -> gymnasium.Env:
     """Gymnasium-Robotics' `KitchenEnv`, mended where that is needed."""
-    from gymnasium_robotics.envs.franka_kitchen import KitchenEnv, franka_env
+    from gymnasium_robotics.envs.franka_kitchen import KitchenEnv, franka_env  # pyright: ignore[reportMissingImports]
 
     if joints_are_unreadable():
         franka_env.robot_get_obs = robot_state
@@ -158,7 +161,7 @@ def joints_are_unreadable() -> bool:
     denies that for NumPy's integers, while `integer == enum` is still true. Mended upstream by an `int(...)`
     (Gymnasium-Robotics, pull request 330), in no release up to 1.4.2; where it is, this is False.
     """
-    from gymnasium_robotics.utils import mujoco_utils
+    from gymnasium_robotics.utils import mujoco_utils  # pyright: ignore[reportMissingImports]
 
     model = mujoco.MjModel.from_xml_string(
         "<mujoco><worldbody><body><joint name='hinge'/><geom size='1'/></body></worldbody></mujoco>"

@@ -114,7 +114,8 @@ def mixture(std: float = 0.15) -> MixtureBandit:
 def _bandit(name, means, stds, weights, modes):
     means, stds, weights = (jnp.asarray(x, jnp.result_type(float)) for x in (means, stds, weights))
     density = GaussianMixture(means, stds, weights / weights.sum())
-    return MixtureBandit(name, density, jnp.asarray(modes, jnp.int32), num_modes=int(modes.max()) + 1)
+    modes, num_modes = jnp.asarray(modes, jnp.int32), int(modes.max()) + 1
+    return MixtureBandit(name, density=density, modes=modes, num_modes=num_modes)
 
 
 TOYS = {"ring": ring, "moons": moons, "broad-sharp": broad_sharp, "mixture": mixture}

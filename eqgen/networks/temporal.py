@@ -7,6 +7,7 @@ has 2,622,996 parameters, as there.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import equinox as eqx
 import jax
@@ -115,7 +116,7 @@ class Block(eqx.Module):
             x = x + self.attention(x)
             return x + self.feed_forward(jax.vmap(self.norm2)(x))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
-            self.modulation(jax.nn.silu(embedding))[None], 6, axis=1
+            self.modulation(jax.nn.silu(cast(Array, embedding)))[None], 6, axis=1
         )
         x = (1 + scale1) * jax.vmap(self.norm1)(x) + shift1
         x = x + gate1 * self.attention(x)

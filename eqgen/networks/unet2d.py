@@ -13,6 +13,7 @@ initialisation of the layers that do not begin at 0, which is Equinox's.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -154,7 +155,7 @@ class UNet2D(eqx.Module):
     ):
         channels, *size = shape
         levels = len(multipliers)
-        _check_size(*size, levels)
+        _check_size(size, levels)
         if width % groups or width % 2:
             raise ValueError(f"width is {width}; take an even multiple of groups={groups}, or other groups.")
         if not set(attention) <= set(range(levels)):
@@ -212,7 +213,7 @@ class UNet2D(eqx.Module):
         **Raises:** `ValueError` for an image that cannot be halved often enough, and for a label where the network
         has no classes.
         """
-        _check_size(*x.shape[1:], len(self.down))
+        _check_size(x.shape[1:], len(self.down))
         keys = itertools.repeat(None) if key is None else (jr.fold_in(key, i) for i in itertools.count())
         embedding = self.embed(fourier_features(t, self.width // 2, 1000.0))
         if label is not None:
@@ -242,7 +243,8 @@ class UNet2D(eqx.Module):
         return self.out(jax.nn.silu(self.norm(y)))
 
 
-def _check_size(height: int, width: int, levels: int) -> None:
+def _check_size(size: Sequence[int], levels: int) -> None:
+    height, width = size
     multiple = 2 ** (levels - 1)
     if height % multiple or width % multiple:
         raise ValueError(

@@ -66,7 +66,7 @@ rejects, its single-process path raises, and each KL term takes two forward pass
 import dataclasses
 import math
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 import equinox as eqx
 import jax
@@ -203,7 +203,7 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
         - `fresh_noise`: its noise too, drawn anew before and after the step [C].
         - `fields`: whatever else is to differ; `policy="image_flat"` is its network for 3x32x32 images [C].
         """
-        constants = dict(
+        constants: dict[str, Any] = dict(
             common_noise=not fresh_noise,
             deterministic=False,
             uniform_share=0.0,
@@ -264,7 +264,7 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
                 network = TrajectoryPolicy(shape[1], outputs, key=key)
             case _:
                 pool = "flatten" if kind == "image_flat" else "mean"
-                network = ImagePolicy(shape, outputs, pool=pool, key=key)
+                network = ImagePolicy(cast(tuple[int, int, int], shape), outputs, pool=pool, key=key)
         return self.from_network(network)
 
     def from_network(self, network: PyTree) -> AdaptiveState:
@@ -337,10 +337,11 @@ class AdaptiveTimesteps(AbstractTimestepSampler):
 
     def shapes(self, policy: PyTree, x: PyTree) -> tuple[Float[Array, " dims"], Float[Array, " dims"]]:
         """The parameters (a, b) of the Beta law of every coordinate of u, for one example."""
-        shapes = jax.nn.softplus(policy(x)) + 1e-5
+        shapes: Array = jax.nn.softplus(policy(x)) + 1e-5
         if self.shape_range is not None:
             shapes = bounded(shapes, *self.shape_range)
-        return tuple(shapes.reshape(-1, 2).T)
+        a, b = shapes.reshape(-1, 2).T
+        return a, b
 
     def log_prob(
         self, a: Float[Array, " dims"], b: Float[Array, " dims"], u: Float[Array, " dims"]

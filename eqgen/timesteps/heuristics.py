@@ -16,6 +16,8 @@ pairing:
     VarianceTimesteps(chain)                                           by gradient variance, a negative control
 """
 
+from typing import cast
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -141,6 +143,7 @@ class SecondMomentTimesteps(AbstractTimestepSampler):
         look: bool | None = None,
     ) -> SecondMomentState:
         required(losses=losses)
+        assert losses is not None
         cell, cells = self.times.cell(draw.t), self.times.num_cells
         weighted = self.weighting(draw.t, self.times) * losses
         # The place of each loss among the batch's losses of its cell, so that all are written at once.
@@ -221,6 +224,7 @@ class VarianceTimesteps(AbstractTimestepSampler):
         look: bool | None = None,
     ) -> VarianceState:
         required(after=after, x=x, objective=objective, key=key)
+        objective = cast(Objective, objective)
 
         def measure(state, model, x, key):
             swept = swept_cells(self.times, self.sweep)

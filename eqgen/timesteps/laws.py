@@ -16,6 +16,7 @@ is a quantile.
 
 import dataclasses
 from abc import abstractmethod
+from typing import cast
 
 import equinox as eqx
 import jax
@@ -167,7 +168,7 @@ class LogNormal(AbstractCellLaw):
     def probabilities(self, times: AbstractTimes) -> Float[Array, " cells"]:
         if isinstance(times, DiffusionChain):
             z = self._standardise(-0.5 * jnp.log(times.snr(times.points())))
-            masses = jnp.exp(-0.5 * z**2) * jnp.gradient(z)
+            masses = jnp.exp(-0.5 * z**2) * cast(Array, jnp.gradient(z))
         else:
             edges = times.from_unit(_continuous(times, self).edges()[0][:, None])
             masses = jnp.diff(ndtr(self._standardise(-0.5 * jnp.log(times.snr(edges)))))
@@ -176,16 +177,16 @@ class LogNormal(AbstractCellLaw):
     def draw(self, uniform: Float[Array, "n dims"], times: AbstractTimes) -> Shaped[Array, " n *_pair"]:
         if isinstance(times, DiffusionChain):
             return super().draw(uniform, times)
-        schedule = _continuous(times, self).schedule
+        times = _continuous(times, self)
         low, high = ndtr(self._standardise(-0.5 * jnp.log(times.snr(jnp.array([times.low, times.high])))))
         log_sigma = self.mean + self.std * ndtri(low + uniform[:, 0] * (high - low))
-        return jnp.clip(jax.vmap(schedule.time_of_log_snr)(-2 * log_sigma), times.low, times.high)
+        return jnp.clip(jax.vmap(times.schedule.time_of_log_snr)(-2 * log_sigma), times.low, times.high)
 
     def _standardise(self, log_sigma):
         return (log_sigma - self.mean) / self.std
 
 
-def _continuous(times, law):
+def _continuous(times: AbstractTimes, law: eqx.Module) -> ContinuousTimes:
     if not isinstance(times, ContinuousTimes):
         raise ValueError(f"{type(law).__name__} is a law of single times, not of {type(times).__name__}.")
     return times
@@ -219,7 +220,7 @@ class SpeedPairs(eqx.Module):
 
     def pivot(self, times: AbstractTimes) -> Int[Array, ""]:
         """m in cells."""
-        growth = jnp.gradient(jnp.sqrt(noise_shares(times)))
+        growth = cast(Array, jnp.gradient(jnp.sqrt(noise_shares(times))))
         small = growth < self.threshold * 1000 / times.num_cells
         # Where nothing grows that slowly, all times are meaningful.
         return jnp.where(jnp.any(small), jnp.argmax(small) + 1, times.num_cells - 1)
@@ -229,5 +230,6 @@ class SpeedPairs(eqx.Module):
         pivot = jnp.minimum(self.pivot(times), times.num_cells - 1)
         if isinstance(times, DiffusionChain):
             return jnp.abs(t - pivot.astype(t.dtype))
+        times = _continuous(times, self)
         u = jnp.abs(times.to_unit(t) - pivot / times.num_cells)
         return times.from_unit(u[:, None])

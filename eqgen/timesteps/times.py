@@ -16,7 +16,7 @@ adaptive sampler. A cell is known by one index, in row-major order of the coordi
 from abc import abstractmethod
 from functools import lru_cache, reduce
 from math import prod
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -34,7 +34,15 @@ class AbstractTimes(eqx.Module):
     over time in [0, 1].
     """
 
-    schedule: eqx.AbstractVar[AbstractNoiseSchedule]
+    if (
+        TYPE_CHECKING
+    ):  # A checker takes an AbstractVar for a field; where a property overrides it there is none.
+
+        @property
+        def schedule(self) -> AbstractNoiseSchedule: ...
+
+    else:
+        schedule: eqx.AbstractVar[AbstractNoiseSchedule]
 
     @property
     @abstractmethod
@@ -276,7 +284,7 @@ class ContinuousTimes(AbstractTimes):
     - `resolution`: the number of cells.
     """
 
-    schedule: AbstractNoiseSchedule
+    schedule: AbstractNoiseSchedule  # pyright: ignore[reportIncompatibleMethodOverride]
     low: float = 1e-3
     high: float = 1.0
     resolution: int = 100
@@ -330,7 +338,7 @@ class FlowIntervals(AbstractTimes):
     - `resolution`: the parts of t, and the parts of the second coordinate: the instants and the others.
     """
 
-    schedule: AbstractNoiseSchedule = LinearFlow()
+    schedule: AbstractNoiseSchedule = LinearFlow()  # pyright: ignore[reportIncompatibleMethodOverride]
     low: float = 1e-3
     high: float = 1 - 1e-3
     instants: float = 0.5

@@ -26,6 +26,7 @@ with SNR = (alpha / sigma)^2 and lambda = log SNR.
 
 import math
 from abc import abstractmethod
+from typing import cast
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ class SpeedWeight(AbstractWeighting):
     prediction: Kind = "eps"
 
     def eps_weight(self, t: Shaped[Array, "*t"], times: AbstractTimes) -> Float[Array, "*_level"]:
-        growth = jnp.gradient(noise_shares(times))
+        growth = cast(Array, jnp.gradient(noise_shares(times)))
         scaled = (growth - growth.min()) / (growth.max() - growth.min())
         early = 1 - self.strength + (2 * self.strength - 1) * scaled
         return jnp.where(before(self.boundary, times), early, 1.0)[times.cell(t)]

@@ -136,7 +136,7 @@ class AbstractMJXEnv(AbstractEnv):
                 f"{type(self).__name__} has no version {self.version}; choose one of {self.versions}."
             )
         self.name = f"mjx/{type(self).__name__}-v{self.version}"
-        self._physics = _physics(self._xml(), jax.config.jax_enable_x64)
+        self._physics = _physics(self._xml(), jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
         self.action_dim = self._physics.host.nu
         self.max_steps = self.time_limit
         self.obs_shape = jax.eval_shape(lambda: self.reset(key=jr.key(0)))[1].shape

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float
 
-from eqgen.envs.mjx.base import AbstractMJXEnv, MJXState, mjx
+from eqgen.envs.mjx.base import AbstractMJXEnv, MJXState, mjx  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _cost(weight: float, x: Array) -> Array:
@@ -128,7 +128,7 @@ class Ant(_Balancing):
     control_weight = 0.5
 
     @property
-    def forces(self):
+    def forces(self):  # pyright: ignore[reportIncompatibleVariableOverride]  # read from instances only
         return self.version == 5
 
     def observe(self, data):
