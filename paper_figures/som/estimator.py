@@ -9,7 +9,8 @@ that of SOM. Points x_t are drawn from p_t, and at each the estimate is repeated
 relative to the root mean square of the exact score at that t.
 
 `critics` adds to log p a sinusoid, or one narrow spike away from all modes, or takes a small network that was
-fitted to 200 points: a critic with an error of high frequency, an overestimated action, or too little data.
+fitted to 200 points: a critic with an error of high frequency, an overestimated action, or too little data. The
+spike is judged at noised actions near it.
 "local" is the gradient of such a critic at x_t / alpha_t itself, which is what a method without smoothing follows.
 The cosine is that with the exact score of the right density; layout and errors are ours, since the paper's are not
 known to us.
@@ -41,7 +42,7 @@ BANDIT, SCHEDULE = make("toy/mixture"), SOM().noise_schedule
 ESTIMATORS = {"gradient": gradient_score, "denoising": denoising_score, "truncated": truncated_score}
 NUM_SAMPLES = (10, 50, 100, 500)
 SIZES = {"full": dict(times=16, points=256, repeats=64), "smoke": dict(times=3, points=8, repeats=4)}
-SEED = 0
+SEED, SPIKE = 0, np.array([0.0, 0.1])
 
 
 def grid(times: int) -> np.ndarray:
@@ -49,11 +50,14 @@ def grid(times: int) -> np.ndarray:
     return np.linspace(0.1, 1.0, times) ** 2
 
 
-def noised(t: float, points: int, *, key) -> tuple[Any, Any, Any, Any]:
-    """alpha_t, sigma_t, points of p_t and their exact scores."""
+def noised(t: float, points: int, *, key, near: Any = None) -> tuple[Any, Any, Any, Any]:
+    """alpha_t, sigma_t, points of p_t (or actions within .03 of `near`, noised alike) and their exact scores."""
     alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
     density = BANDIT.density.perturbed(alpha, sigma)
-    x = jax.vmap(lambda key: density.sample(key=key))(jr.split(key, points))
+    if near is None:
+        x = jax.vmap(lambda key: density.sample(key=key))(jr.split(key, points))
+    else:
+        x = alpha * near + jnp.hypot(0.03 * alpha, sigma) * jr.normal(key, (points, 2))
     return alpha, sigma, x, jax.vmap(density.score)(x)
 
 
@@ -101,10 +105,9 @@ def fitted(num_points: int = 200, updates: int = 2_000) -> eqx.nn.MLP:
 
 def spike(action):
     """A fiftieth wide, between the modes, and 2 above the highest of them: the best action of all, wrongly."""
-    centre = jnp.array([0.0, 0.1])
     highest = jnp.max(jax.vmap(BANDIT.log_density)(BANDIT.mode_centres))
-    height = highest + 2.0 - BANDIT.log_density(centre)
-    return height * jnp.exp(-jnp.sum((action - centre) ** 2) / (2 * 0.02**2))
+    height = highest + 2.0 - BANDIT.log_density(SPIKE)
+    return height * jnp.exp(-jnp.sum((action - SPIKE) ** 2) / (2 * 0.02**2))
 
 
 def critics(times: int, points: int, repeats: int) -> dict[str, Any]:
@@ -121,7 +124,8 @@ def critics(times: int, points: int, repeats: int) -> dict[str, Any]:
     @partial(jax.jit, static_argnames=("critic", "form"))
     def cosine(t, key, critic, form):
         point_key, key = jr.split(key)
-        alpha, sigma, x, exact = noised(t, points, key=point_key)
+        near = SPIKE if critic == "spike" else None  # anywhere else it is not seen
+        alpha, sigma, x, exact = noised(t, points, key=point_key, near=near)
         if form == "local":
             found = jax.vmap(jax.grad(wrong[critic]))(x / alpha)[None] / alpha
         else:
