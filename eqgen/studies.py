@@ -122,10 +122,15 @@ def read_curve(path: Path, metric: str = "eval/return") -> tuple[np.ndarray, np.
     return np.array(steps), np.array([[values[seed, step] for step in steps] for seed in seeds])
 
 
+def largest_size(results: Path) -> Size:
+    """The largest size of which a folder has result files; "cpu" if it has none at all."""
+    return next((size for size in ("paper", "cpu") if any(Path(results).glob(f"*-{size}_*.json"))), "cpu")
+
+
 def draw_curves(
     panels: Mapping[str, Mapping[str, Path]], looks: Mapping[str, Mapping[str, Any]], out: Path
 ) -> list[Path]:
-    """Returns of evaluation episodes over environment steps, as PDF and PNG, three panels in a row.
+    """Returns of evaluation episodes over environment steps, as PDF and PNG, three panels in a row, or four.
 
     **Arguments:**
 
@@ -148,8 +153,9 @@ def draw_curves(
         crowded = len({label for files in panels.values() for label in files}) > 8
         wide = len(panels) > 1 or crowded
         width = plotting.TEXT_WIDTH if wide else plotting.COLUMN_WIDTH
-        grid = -(-len(panels) // 3), min(len(panels), 3)
-        aspect = 0.55 if crowded and len(panels) == 1 else 0.75
+        columns = len(panels) if len(panels) <= 4 else 3
+        grid = -(-len(panels) // columns), columns
+        aspect = 0.55 if crowded and len(panels) == 1 else 0.95 if columns == 4 else 0.75
         fig, axes = plotting.subplots(*grid, width=width, aspect=aspect, squeeze=False)
         for ax in axes.flat[len(panels) :]:
             ax.remove()

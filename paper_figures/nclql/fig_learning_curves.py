@@ -13,9 +13,13 @@ from eqgen import plotting, studies
 
 HERE = Path(__file__).parent
 PANELS = {
-    "Pendulum-v1": "pendulum-cpu",
-    "HalfCheetah-v5": "halfcheetah-cpu",
-    "Hopper-v5": "hopper-cpu",
+    "Pendulum-v1": "pendulum",
+    "HalfCheetah-v5": "halfcheetah",
+    "Hopper-v5": "hopper",
+    "Walker2d-v5": "walker2d",
+    "Ant-v5": "ant",
+    "Humanoid-v5": "humanoid",
+    "Swimmer-v5": "swimmer",
 }
 LABELS = {
     "NC-LQL (reference)": "nclql-reference",
@@ -38,12 +42,14 @@ def draw(
 ) -> list[Path]:
     """Writes the figure as PDF and PNG. SOM and SAC are read from `beside`."""
 
-    def files(study):
-        own = {label: results / f"{study}_{agent}.json" for label, agent in LABELS.items()}
-        others = {label: beside / f"{study}_{agent}.json" for label, agent in BESIDE.items()}
+    size = studies.largest_size(results)
+
+    def files(task):
+        own = {label: results / f"{task}-{size}_{agent}.json" for label, agent in LABELS.items()}
+        others = {label: beside / f"{task}-{size}_{agent}.json" for label, agent in BESIDE.items()}
         return own | others if any(path.exists() for path in own.values()) else {}
 
-    return studies.draw_curves({title: files(study) for title, study in PANELS.items()}, LOOKS, out)
+    return studies.draw_curves({title: files(task) for title, task in PANELS.items()}, LOOKS, out)
 
 
 if __name__ == "__main__":

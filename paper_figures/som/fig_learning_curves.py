@@ -13,9 +13,12 @@ from eqgen import plotting, studies
 
 HERE = Path(__file__).parent
 PANELS = {
-    "Pendulum-v1": "pendulum-cpu",
-    "HalfCheetah-v5": "halfcheetah-cpu",
-    "Hopper-v5": "hopper-cpu",
+    "Pendulum-v1": "pendulum",
+    "HalfCheetah-v5": "halfcheetah",
+    "Hopper-v5": "hopper",
+    "Walker2d-v5": "walker2d",
+    "Ant-v5": "ant",
+    "Humanoid-v5": "humanoid",
 }
 LABELS = {"SOM (safe)": "som-safe", "SOM (paper)": "som-paper", "SAC": "sac"}
 LOOKS = {
@@ -26,8 +29,9 @@ LOOKS = {
 
 def draw(results: Path = HERE / "results", out: Path = HERE / "learning_curves") -> list[Path]:
     """Writes the figure as PDF and PNG."""
-    files = lambda study: {label: results / f"{study}_{agent}.json" for label, agent in LABELS.items()}
-    return studies.draw_curves({title: files(study) for title, study in PANELS.items()}, LOOKS, out)
+    size = studies.largest_size(results)
+    files = lambda task: {label: results / f"{task}-{size}_{agent}.json" for label, agent in LABELS.items()}
+    return studies.draw_curves({title: files(task) for title, task in PANELS.items()}, LOOKS, out)
 
 
 if __name__ == "__main__":
