@@ -165,7 +165,7 @@ def draw_curves(
                 steps, returns = read_curve(files[label])
                 plotting.learning_curve(ax, steps / 1000, returns, label=label, **looks[label])
             lines |= {line.get_label(): line for line in ax.lines}
-            ax.set(title=title, xlabel="thousand environment steps")
+            ax.set(title=title, xlabel="thousand steps" if columns == 4 else "thousand environment steps")
         for ax in axes[:, 0]:
             ax.set_ylabel("evaluation return")
         shown = [label for label in looks if label in lines]
