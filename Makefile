@@ -16,7 +16,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test slow lint notebooks figures bench lab clean
+.PHONY: help setup demo test slow coverage lint notebooks figures bench lab clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -51,9 +51,13 @@ test: $(READY)  ## Run the tests
 slow: $(READY)  ## Run the tests that take minutes each
 	$(PYTEST) -m slow --optimize
 
-lint: $(READY)  ## Check style and formatting
+coverage: $(READY)  ## Run the tests and list the lines that none of them runs
+	$(PYTEST) --cov=eqgen --cov-report=term-missing:skip-covered
+
+lint: $(READY)  ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 notebooks: $(READY)  ## Execute the notebooks again (ONLY=01: those whose name begins so)
 	$(BIN)/python notebooks/build.py $(ONLY)
@@ -70,5 +74,5 @@ lab: $(READY)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 clean:  ## Remove .venv and every cache; keeps runs/
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

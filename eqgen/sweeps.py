@@ -320,6 +320,7 @@ def _run_in_processes(folder, names, *, workers, verbose, written, **_):
 def _run_on_ray(folder, names, *, sweep, verbose, written, **_):
     try:
         import ray  # pyright: ignore[reportMissingImports]  # an extra
+        import ray.exceptions  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ExperimentError("--engine ray needs Ray: pip install 'eqgen[ray]'.") from None
     if not ray.is_initialized():
