@@ -3,7 +3,7 @@
 #   make test WORKERS=1             processes that share the test files; each takes 2 GB
 
 PYTHON ?= python3
-EXTRAS := notebooks,figures,images,log,dev
+EXTRAS := notebooks,figures,images,log,docs,dev
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test slow coverage lint notebooks figures bench lab clean
+.PHONY: help setup demo test slow coverage lint notebooks figures bench docs lab clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -70,9 +70,12 @@ bench: $(READY)  ## Measure the cost of updates and actions
 	@set -e; for script in benchmarks/*.py; do \
 	  test -e "$$script" || continue; echo "$$script"; $(BIN)/python "$$script"; done
 
+docs: $(READY)  ## Build the documentation in site/
+	$(BIN)/python -m mkdocs build --strict
+
 lab: $(READY)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 clean:  ## Remove .venv and every cache; keeps runs/
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,7 +20,7 @@
     cpus = 1
     gpus = 0
 
-A run is a function of its settings alone: OUT/runs/<name> is made with them first, empty, and whoever comes by
+A run is a function of its settings alone: OUT/runs/NAME is made with them first, empty, and whoever comes by
 resumes it. So it does not matter where a run is computed, how often it was interrupted, or who goes on with it, and
 the same command does what is missing. OUT/summary.json and summary.md hold what all runs came to.
 
