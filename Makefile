@@ -3,7 +3,7 @@
 #   make test WORKERS=1             processes that share the test files; each takes 2 GB
 
 PYTHON ?= python3
-EXTRAS := notebooks,figures,images,log,dev
+EXTRAS := notebooks,figures,images,log,docs,dev
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +24,7 @@ NOT_BENCHED := benchmarks/measure.py benchmarks/check.py benchmarks/faults.py be
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test slow lint notebooks figures bench check reproduce lab clean
+.PHONY: help setup demo test slow coverage lint notebooks figures bench check reproduce docs lab clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -59,9 +59,13 @@ test: $(READY)  ## Run the tests
 slow: $(READY)  ## Run the tests that take minutes each
 	$(PYTEST) -m slow --optimize
 
-lint: $(READY)  ## Check style and formatting
+coverage: $(READY)  ## Run the tests and list the lines that none of them runs
+	$(PYTEST) --cov=eqgen --cov-report=term-missing:skip-covered
+
+lint: $(READY)  ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 notebooks: $(READY)  ## Execute the notebooks again (ONLY=01: those whose name begins so)
 	$(BIN)/python notebooks/build.py $(ONLY)
@@ -80,9 +84,12 @@ check: $(READY)  ## Measure whether anything got slower, as ratios to the commit
 reproduce: $(READY)  ## Run a paper's experiments again (PAPER=som PRESET=cpu ROWS="S4 S6")
 	$(BIN)/python paper_figures/reproduce.py $(PAPER) --preset $(PRESET) $(if $(ROWS),--rows $(ROWS))
 
+docs: $(READY)  ## Build the documentation in site/
+	$(BIN)/python -m mkdocs build --strict
+
 lab: $(READY)  ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 clean:  ## Remove .venv and every cache; keeps runs/
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -150,6 +150,7 @@ def _open(path: str | Path) -> BinaryIO:
 
 
 def _read_header(path: str | Path, file: BinaryIO) -> dict[str, Any]:
+    header: dict[str, Any] = {}
     try:
         # A foreign file may be one endless line.
         header = json.loads(file.readline(2**26))

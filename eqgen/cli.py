@@ -227,6 +227,7 @@ def _planner_options(cls: type, on_data: bool, arguments: list[str]) -> tuple[ty
         data: Path | None = None
         """Where the set lies now, if it was moved."""
 
+    # Base and annotations are chosen here and read at run time, by tyro; a checker wants to know them before.
     @dataclasses.dataclass(frozen=True)
     class Train(Source if on_data else Below):  # pyright: ignore[reportGeneralTypeIssues]
         out: Path | None = None

@@ -145,7 +145,7 @@ def _cells(row: Row, entry: dict[str, Any]) -> tuple[Any, ...]:
         time("action"),
         f"{row['compile_cpu_s']:.1f}",
         row["parameters"],
-        f"{row['update_mb']:.3g}",
+        "-" if row["update_mb"] is None else f"{row['update_mb']:.3g}",
         f"{row['process_mb']:.0f}",
         f"{row['train_seconds']:.0f}",
     )

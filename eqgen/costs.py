@@ -47,7 +47,7 @@ def agent_costs(
 
     - `update_cpu_ms`, `update_wall_ms`, `action_cpu_ms`, `action_wall_ms`; `single_thread`: whether on one.
     - `compile_cpu_s`: of both programs; little when they lie in JAX's cache on disk.
-    - `update_mb`: arguments, results and temporaries of the program of an update.
+    - `update_mb`: arguments, results and temporaries of the program of an update; None where JAX cannot tell.
     - `parameters`: how many are learned (by Adam), without copies such as target networks.
     """
     example = example_transition(obs_shape, action_dim)
@@ -75,13 +75,14 @@ def agent_costs(
         return new
 
     memory: Any = update.memory_analysis()
-    size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    kinds = ("argument", "output", "temp")
+    size = None if memory is None else sum(getattr(memory, f"{kind}_size_in_bytes") for kind in kinds)
     return {
         **_timed("update", four_updates, 4, repeats),
         **_timed("action", lambda: [act(example.obs, key) for _ in range(50)], 50, repeats),
         "single_thread": "--xla_cpu_multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", ""),
         "compile_cpu_s": round(compile_time, 2),
-        "update_mb": round(size / 1e6, 2),
+        "update_mb": None if size is None else round(size / 1e6, 2),
         "parameters": num_learned(state),
     }
 

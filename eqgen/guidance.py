@@ -69,9 +69,8 @@ def decode_plan(
 class AbstractPlanner(eqx.Module):
     """What schemes ask of a planner. `state` holds its parameters."""
 
-    if (
-        TYPE_CHECKING
-    ):  # A checker takes an AbstractVar for a field; where a property overrides it there is none.
+    # A checker takes an AbstractVar for a field, the first of every subclass, also where a property overrides it.
+    if TYPE_CHECKING:
 
         @property
         def schedule(self) -> AbstractNoiseSchedule: ...

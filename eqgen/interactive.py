@@ -64,7 +64,7 @@ def _controls(draw, choices, start, picture):
 
     for slider in sliders.values():
         slider.observe(redraw, names="value")
-    return ipywidgets.VBox([*sliders.values(), image])._repr_mimebundle_()
+    return ipywidgets.VBox([*sliders.values(), image])._repr_mimebundle_() or {}
 
 
 def _defaults(draw, choices):

@@ -6,7 +6,7 @@ function of (seed, update) alone, so that an interrupted run goes on exactly.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 import equinox as eqx
@@ -90,7 +90,7 @@ def train_offline(
     *,
     seeds: Sequence[int],
     state: OfflineState,
-) -> Iterator[OfflineProgress]:
+) -> Generator[OfflineProgress, None, None]:
     """Trains one learner per seed and yields after every `log_every` and `checkpoint_every` updates.
 
     **Arguments:**

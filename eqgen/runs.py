@@ -41,7 +41,8 @@ class Run:
         self.path, self.settings, self.keep = path, settings, keep
         self.clock: str = settings.get("clock", "env_step")
         """What counts a run's steps in records and checkpoints: "env_step" online, "update" offline."""
-        self._lock = self._log = None
+        self._lock: Any = None  # files, while it is open for writing
+        self._log: Any = None
 
     @classmethod
     def create(cls, path: str | Path, settings: dict[str, Any], *, keep: int = 2) -> "Run":

@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,16 +39,23 @@ class Interrupted(KeyboardInterrupt):
 class Progress(Protocol):
     """What a training generator yields."""
 
-    step: int
-    """Environment steps or updates: the run's clock."""
-    records: list[dict[str, Any]]
-    """One flat dict for each seed."""
-    state: PyTree
+    @property
+    def step(self) -> int:
+        """Environment steps or updates: the run's clock."""
+        ...
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """One flat dict for each seed."""
+        ...
+
+    @property
+    def state(self) -> PyTree: ...
 
 
 def drive(
     run: Run,
-    steps: Iterator[Progress],
+    steps: Generator[Progress, None, None],
     *,
     total: int,
     checkpoint_every: int,
@@ -73,7 +80,7 @@ def drive(
     """
     first, saved = metadata.get(run.clock, 0), metadata.get(run.clock)
     with ExitStack() as stack:
-        sinks = [run]
+        sinks: list[Run | TensorBoard] = [run]
         if tensorboard:
             board = TensorBoard(run.path, -1 if saved is None else saved, run.clock)
             sinks.append(stack.enter_context(closing(board)))

@@ -20,7 +20,7 @@
     cpus = 1
     gpus = 0
 
-A run is a function of its settings alone: OUT/runs/<name> is made with them first, empty, and whoever comes by
+A run is a function of its settings alone: OUT/runs/NAME is made with them first, empty, and whoever comes by
 resumes it. So it does not matter where a run is computed, how often it was interrupted, or who goes on with it, and
 the same command does what is missing. OUT/summary.json and summary.md hold what all runs came to.
 
@@ -320,6 +320,7 @@ def _run_in_processes(folder, names, *, workers, verbose, written, **_):
 def _run_on_ray(folder, names, *, sweep, verbose, written, **_):
     try:
         import ray  # pyright: ignore[reportMissingImports]  # an extra
+        import ray.exceptions  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ExperimentError("--engine ray needs Ray: pip install 'eqgen[ray]'.") from None
     if not ray.is_initialized():

@@ -7,7 +7,7 @@ schedule, records, evaluation.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, Self
 
 import equinox as eqx
@@ -236,7 +236,7 @@ def train_online(
     *,
     seeds: Sequence[int],
     state: OnlineState | None = None,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Trains one agent per seed and yields after every `log_every`, `eval_every` and `checkpoint_every` steps.
 
     **Arguments:**

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 
 from eqgen import benchmark, cli, comparison, experiments
+from eqgen.algorithms.base import AbstractAgent
 from eqgen.algorithms.ppo import PPO
 from eqgen.algorithms.sac import SAC
 from eqgen.algorithms.som import SOM
 from eqgen.algorithms.td3 import TD3
 from eqgen.benchmark import SUITES
-from eqgen.costs import forget_peak_memory, num_learned, peak_memory, random_transitions
+from eqgen.costs import agent_costs, forget_peak_memory, num_learned, peak_memory, random_transitions
 from eqgen.envs.base import example_transition
 from eqgen.loops import NonFiniteError
 from eqgen.runs import Run
@@ -321,3 +323,28 @@ def test_peak_memory_can_be_forgotten():
     before = peak_memory()["process_mb"]
     forget_peak_memory()
     assert peak_memory()["process_mb"] < before - 200
+
+
+class Still(AbstractAgent):
+    """Neither moves nor learns, and compiles in no time."""
+
+    sizes = {"smoke": {}}
+    evaluation_policy = "none"
+
+    def act(self, state, obs, *, key, explore):
+        return jnp.zeros(state["action_size"].shape)
+
+    def init(self, example, *, key):
+        return {"action_size": jnp.zeros(example.action.shape)}
+
+    def update(self, state, batch, *, key):
+        return {"action_size": state["action_size"] + 1}, {"loss": jnp.mean(batch.reward)}
+
+
+def test_a_device_that_does_not_tell_its_memory_leaves_a_dash(monkeypatch, rows):
+    """JAX then says None, which must not cost the row of a run that took hours."""
+    assert agent_costs(Still(), (3,), 1, 8, repeats=1)["update_mb"] is not None
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)
+    assert agent_costs(Still(), (3,), 1, 8, repeats=1)["update_mb"] is None
+    dashes = lambda row: comparison.markdown([row], comparison.summarise([row])).count("| - ")
+    assert dashes(rows["sac"] | {"update_mb": None}) == dashes(rows["sac"]) + 1

@@ -189,6 +189,11 @@ def test_plot_writes_beside_the_run(run, capsys):
     assert (run / "learning_curve.png").exists() and "learning_curve.png" in capsys.readouterr().out
 
 
+def test_a_data_set_is_for_planners_only(run, capsys):
+    said = refused(capsys, "resume", str(run), "--data", "moved.hdf5")
+    assert said == "eqgen: --data is for planners; this run is of an agent.\n"
+
+
 def test_render_writes_beside_the_run(run, capsys):
     assert cli.main(["render", str(run), "--trained-seed", "1"]) == 0
     assert (run / "policy.gif").read_bytes().startswith(b"GIF89a")

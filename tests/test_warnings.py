@@ -38,6 +38,11 @@ def test_help_does_not_warn(arguments):
     assert strictly("-m", "eqgen", *arguments)
 
 
+def test_help_needs_no_docstrings():
+    """Which `python -OO` drops."""
+    assert "resume" in strictly("-OO", "-m", "eqgen", "--help")
+
+
 def test_a_small_run_and_what_is_done_with_it_do_not_warn(tmp_path):
     flags = ["--env", "toy/ring", "--preset", "smoke", "--settings.total-steps", "120"]
     assert "into" in strictly("-m", "eqgen", "train", "sac", *flags, "--out", tmp_path / "run")

@@ -90,8 +90,8 @@ class DiffusionPlanner(AbstractPlanLearner):
     """Hyperparameters and methods of the planner. The defaults are those of Maze2D."""
 
     # The model of plans
-    schedule: AbstractNoiseSchedule = VPLinear(0.1, 20.0)  # pyright: ignore[reportIncompatibleMethodOverride]
-    t_min: float = 1e-3  # pyright: ignore[reportIncompatibleMethodOverride]
+    schedule: AbstractNoiseSchedule = VPLinear(0.1, 20.0)  # pyright: ignore[reportIncompatibleMethodOverride]  # a field does
+    t_min: float = 1e-3  # pyright: ignore[reportIncompatibleMethodOverride]  # a field does
     network: Literal["dit", "unet"] = "dit"
     width: int = 256
     depth: int = 2

@@ -300,10 +300,10 @@ def _unpickled(content: bytes) -> Any:
                 stack.append(tuple(since_mark()))
             case "APPEND":
                 item = stack.pop()
-                list.append(stack[-1], item)
+                list.append(cast(list, stack[-1]), item)
             case "APPENDS":
                 items = since_mark()
-                list.extend(stack[-1], items)
+                list.extend(cast(list, stack[-1]), items)
             case "SETITEM":
                 items = [stack.pop(-2), stack.pop()]
                 _set(stack[-1], items)

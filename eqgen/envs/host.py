@@ -23,6 +23,7 @@ gives back all of MuJoCo's state, warm starts and derived quantities included (s
 import warnings
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, cast
 
 import equinox as eqx
 import gymnasium
@@ -30,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import mujoco
 import numpy as np
+from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.utils import seeding
 from jaxtyping import Float32, Num, UInt8
 
@@ -72,9 +74,7 @@ class HostEnv(eqx.Module):
         env = _make(gymnasium_id)
         self.name = f"{'mujoco' if _is_mujoco(env) else 'gymnasium'}/{gymnasium_id}"
         self.gymnasium_id = gymnasium_id
-        self.obs_shape = env.observation_space.shape
-        self.action_dim = env.action_space.shape[0]
-        self.max_steps = env.spec.max_episode_steps
+        self.obs_shape, self.action_dim, self.max_steps = _sizes(env)
         self.steps_per_second = env.metadata.get("render_fps", 25)
         env.close()
 
@@ -99,20 +99,21 @@ class HostVectorEnv:
 
         **Raises:** `ValueError` when the task is unknown, not continuous, or has no time limit.
         """
-        self._envs = [_make(gymnasium_id, "rgb_array" if render else None) for _ in range(num_envs)]
+        self._envs: list[Any] = [
+            _make(gymnasium_id, "rgb_array" if render else None) for _ in range(num_envs)
+        ]
         self.seeds = tuple(
             int(np.random.SeedSequence((seed, i)).generate_state(1)[0]) for i in range(num_envs)
         )
         env = self._envs[0]
         self.gymnasium_id, self.num_envs = gymnasium_id, num_envs
-        self.obs_shape, self.action_dim = env.observation_space.shape, env.action_space.shape[0]
-        self.max_steps = env.spec.max_episode_steps
+        self.obs_shape, self.action_dim, self.max_steps = _sizes(env)
         low, high = env.action_space.low, env.action_space.high
         self._middle, self._half_range = (high + low) / 2, (high - low) / 2
         self._elapsed = np.zeros(num_envs, np.int32)
         self._rng = np.zeros((num_envs, 10), np.uint32)
         self._actions = np.zeros((num_envs, self.max_steps, self.action_dim), np.float32)
-        self._obs: Float32[np.ndarray, " n *obs"] | None = None
+        self._obs: Any = None  # those to act on next, once there has been a reset
 
     def reset(self) -> Float32[np.ndarray, " n *obs"]:
         """Starts over: every call gives the first observations that belong to the seed."""
@@ -177,7 +178,7 @@ class HostVectorEnv:
                 )
         self._obs = state["obs"].copy()
         for i, env in enumerate(self._envs):
-            _set_generator(env.unwrapped.np_random, state["rng"][i])
+            _set_generator(env.unwrapped.np_random, np.asarray(state["rng"][i]))
             obs = self._begin_episode(i)
             for action in state["actions"][i, : state["elapsed"][i]]:
                 obs = env.step(self._middle + self._half_range * action)[0]
@@ -245,17 +246,22 @@ def _make(gymnasium_id: str, render_mode: str | None = None) -> gymnasium.Env:
             f"{gymnasium_id} has the observation space {obs}; eqgen needs a box. Register the task with a "
             "gymnasium.wrappers.FlattenObservation around it."
         )
-    if env.spec.max_episode_steps is None:
+    if env.spec is None or env.spec.max_episode_steps is None:
         raise ValueError(f"{gymnasium_id} has no time limit: register it with max_episode_steps=...")
     if render_mode and _is_mujoco(env):
         # Where there is no GPU, drawing takes four times as long with the default shadows and smoothing.
-        quality = env.unwrapped.model.vis.quality
+        quality = cast(Any, env.unwrapped).model.vis.quality
         quality.shadowsize, quality.offsamples = 1024, 0
     return env
 
 
+def _sizes(env: Any) -> tuple[tuple[int, ...], int, int]:
+    """The shape of an observation, the length of an action, the steps of an episode, which `_make` has checked."""
+    return env.observation_space.shape, env.action_space.shape[0], env.spec.max_episode_steps
+
+
 def _is_mujoco(env: gymnasium.Env) -> bool:
-    return isinstance(env.unwrapped, gymnasium.envs.mujoco.MujocoEnv)
+    return isinstance(env.unwrapped, MujocoEnv)
 
 
 def _generator_words(generator: np.random.Generator) -> np.ndarray:
@@ -268,11 +274,11 @@ def _generator_words(generator: np.random.Generator) -> np.ndarray:
 
 def _set_generator(generator: np.random.Generator, words: np.ndarray) -> None:
     """Puts a PCG64 generator into the state that `_generator_words` returned."""
-    words = [int(word) for word in words]
+    numbers = [int(word) for word in words]
     join = lambda part: sum(word << 32 * i for i, word in enumerate(part))
     generator.bit_generator.state = {
         "bit_generator": "PCG64",
-        "state": {"state": join(words[:4]), "inc": join(words[4:8])},
-        "has_uint32": words[8],
-        "uinteger": words[9],
+        "state": {"state": join(numbers[:4]), "inc": join(numbers[4:8])},
+        "has_uint32": numbers[8],
+        "uinteger": numbers[9],
     }

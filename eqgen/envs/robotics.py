@@ -112,7 +112,7 @@ class KitchenVector(gymnasium.Wrapper, RecordConstructorArgs):
     """The kitchen's observation and goal in one vector, all its randomness from `np_random`."""
 
     def __init__(self, env: gymnasium.Env):
-        from gymnasium_robotics.envs.franka_kitchen import kitchen_env  # pyright: ignore[reportMissingImports]
+        from gymnasium_robotics.envs.franka_kitchen import kitchen_env  # pyright: ignore[reportMissingImports]  # an extra
 
         RecordConstructorArgs.__init__(self)
         super().__init__(env)
@@ -146,7 +146,7 @@ class KitchenVector(gymnasium.Wrapper, RecordConstructorArgs):
 
 def make_kitchen(**kwargs) -> gymnasium.Env:
     """Gymnasium-Robotics' `KitchenEnv`, mended where that is needed."""
-    from gymnasium_robotics.envs.franka_kitchen import KitchenEnv, franka_env  # pyright: ignore[reportMissingImports]
+    from gymnasium_robotics.envs.franka_kitchen import KitchenEnv, franka_env  # pyright: ignore[reportMissingImports]  # an extra
 
     if joints_are_unreadable():
         franka_env.robot_get_obs = robot_state
@@ -161,7 +161,7 @@ def joints_are_unreadable() -> bool:
     denies that for NumPy's integers, while `integer == enum` is still true. Mended upstream by an `int(...)`
     (Gymnasium-Robotics, pull request 330), in no release up to 1.4.2; where it is, this is False.
     """
-    from gymnasium_robotics.utils import mujoco_utils  # pyright: ignore[reportMissingImports]
+    from gymnasium_robotics.utils import mujoco_utils  # pyright: ignore[reportMissingImports]  # an extra
 
     model = mujoco.MjModel.from_xml_string(
         "<mujoco><worldbody><body><joint name='hinge'/><geom size='1'/></body></worldbody></mujoco>"

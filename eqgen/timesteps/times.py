@@ -34,9 +34,8 @@ class AbstractTimes(eqx.Module):
     over time in [0, 1].
     """
 
-    if (
-        TYPE_CHECKING
-    ):  # A checker takes an AbstractVar for a field; where a property overrides it there is none.
+    # A checker takes an AbstractVar for a field, the first of every subclass, also where a property overrides it.
+    if TYPE_CHECKING:
 
         @property
         def schedule(self) -> AbstractNoiseSchedule: ...
@@ -284,7 +283,7 @@ class ContinuousTimes(AbstractTimes):
     - `resolution`: the number of cells.
     """
 
-    schedule: AbstractNoiseSchedule  # pyright: ignore[reportIncompatibleMethodOverride]
+    schedule: AbstractNoiseSchedule  # pyright: ignore[reportIncompatibleMethodOverride]  # a field does
     low: float = 1e-3
     high: float = 1.0
     resolution: int = 100
@@ -338,7 +337,7 @@ class FlowIntervals(AbstractTimes):
     - `resolution`: the parts of t, and the parts of the second coordinate: the instants and the others.
     """
 
-    schedule: AbstractNoiseSchedule = LinearFlow()  # pyright: ignore[reportIncompatibleMethodOverride]
+    schedule: AbstractNoiseSchedule = LinearFlow()  # pyright: ignore[reportIncompatibleMethodOverride]  # a field does
     low: float = 1e-3
     high: float = 1 - 1e-3
     instants: float = 0.5

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float
 
-from eqgen.envs.mjx.base import AbstractMJXEnv, MJXState, mjx  # pyright: ignore[reportAttributeAccessIssue]
+from eqgen.envs.mjx.base import AbstractMJXEnv, MJXState, mjx  # pyright: ignore[reportAttributeAccessIssue]  # of an untyped module
 
 
 def _cost(weight: float, x: Array) -> Array:
