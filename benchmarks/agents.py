@@ -2,6 +2,7 @@
 
     python benchmarks/agents.py           measures, prints a table, writes benchmarks/results/agents.json
     python benchmarks/agents.py iDEM      some of them (all whose names begin so); the others are kept as they were
+    python benchmarks/agents.py --table   the table of the README, from what was measured last
 
 Sizes of HalfCheetah, batch 256, each agent at its "cpu" and "paper" sizes, the baselines as they are by default,
 which is the latter; and acting on one candidate where a public implementation was measured so (flow-rl). PPO is not
@@ -78,6 +79,39 @@ REFERENCE = {
 }
 
 
+# Which of them an agent of ours is put beside in the README.
+BESIDE = {
+    "SAC, paper": "SAC, NC-LQL's repository (jax 0.4.27), 3x256",
+    "NC-LQL, paper": "NC-LQL, its repository (jax 0.4.27), 3x256",
+    "DACER, paper": "DACER, the code of SDAC and DPMD (jax 0.4.27), 3x256, 20 steps",
+    "DIPO, paper": "DIPO, same, 100 steps",
+    "QSM, paper": "QSM, same, 20 x 32",
+    "QSM, one candidate, paper": "QSM, flow-rl",
+    "DPMD, paper": "DPMD, same, 20 x 32",
+    "SDAC, paper": "SDAC, same, 20 x 32",
+    "SDAC, one candidate, paper": "SDAC, flow-rl",
+    "ACA, paper": "ACA, its repository, 20 x 32",
+    "iDEM, 500 proposals, one candidate, paper": "iDEM, flow-rl, 500 proposals",
+}
+
+
+def table() -> str:
+    """What was measured, as Markdown."""
+    results = json.loads((RESULTS / "agents.json").read_text())
+    lines = [
+        "| agent, size | update | over floor | action | 5 actions | public: update | action | 5 actions |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, costs in results["agents"].items():
+        ours = [f"{costs[key]['cpu_ms']:.2g}" for key in ("act 1", "act 5")]
+        ratio = floor_ratio(costs, costs.get("gemm_gflop", results["gemm_gflop"]))
+        others = results["reference"].get(BESIDE.get(name), {})
+        theirs = [f"{others[key]:g}" if others else "" for key in ("update", "act 1", "act 5")]
+        cells = [name, f"{costs['update']['cpu_ms']:.3g}", f"{ratio:.2f}", *ours, *theirs]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(names):
     obs, act = TASKS["HalfCheetah"]
     path = RESULTS / "agents.json"
@@ -108,4 +142,7 @@ def main(names):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:] == ["--table"]:
+        print(table())
+    else:
+        main(sys.argv[1:])

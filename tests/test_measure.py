@@ -58,3 +58,10 @@ def test_committed_updates_take_longer_than_their_matrix_products():
     ratios = check.committed()
     assert set(check.CHECKED) <= ratios.keys() and ratios.pop("sampler") < 1
     assert all(1 < ratio < 6 for ratio in ratios.values()), ratios
+
+
+def test_the_readme_has_the_table_of_what_was_measured_last():
+    import agents
+
+    readme = (FOLDER.parent / "README.md").read_text()
+    assert agents.table() in readme, "put the output of `python benchmarks/agents.py --table` into README.md"
