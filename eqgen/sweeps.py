@@ -124,8 +124,9 @@ class Sweep:
                 raise ExperimentError(
                     f"{path}: resources.{name} is {value!r}; it must be a number, 0 or more."
                 )
-        number = len(content["algorithms"]) * len(content["envs"]) * len(content["seeds"])
+        number = len(content["algorithms"]) * len(content["envs"])
         number *= math.prod(map(len, content.get("grid", {}).values()))
+        number *= 1 if content.get("seeds_together", True) else len(content["seeds"])
         if number > MOST_RUNS:
             raise ExperimentError(
                 f"{path}: {number} combinations are more than the {MOST_RUNS} of one sweep. Split it."

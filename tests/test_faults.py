@@ -29,6 +29,7 @@ from eqgen.data.episodes import DataError
 from eqgen.files import DEEPEST, parse_json
 from eqgen.runs import Run, RunError
 from eqgen.sessions import ExperimentError
+from eqgen.sweeps import Sweep
 from eqgen.training import OnlineSettings
 
 
@@ -523,6 +524,14 @@ def test_the_canary_would_sing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fuzzing.pickle.loads(fuzzing.CANARY)
     assert (tmp_path / "canary").exists()
+
+
+def test_sweeps_without_end_are_refused(tmp_path):
+    text = fuzzing.SWEEP.replace("seeds_together = true", "seeds_together = false")
+    many = f'"agent.tau" = {[1 / (i + 2) for i in range(300)]}'
+    (tmp_path / "sweep.toml").write_text(text.replace("[grid]", f"[grid]\n{many}"))
+    with pytest.raises(ExperimentError, match="sweep.toml: 2400 combinations are more than the 1000"):
+        Sweep.read(tmp_path / "sweep.toml")
 
 
 def test_json_without_end_is_no_json():
