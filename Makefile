@@ -87,8 +87,9 @@ reproduce: $(READY)  ## Run a paper's experiments again (PAPER=som PRESET=cpu RO
 docs: $(READY)  ## Build the documentation in site/
 	$(BIN)/python -m mkdocs build --strict
 
+# The kernel "python3" of the notebooks has to be that of .venv, and a user may have another of this name.
 lab: $(READY)  ## Open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+	JUPYTER_PREFER_ENV_PATH=1 JUPYTER_PATH= $(BIN)/jupyter lab notebooks
 
 clean:  ## Remove .venv and every cache; keeps runs/
 	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .coverage

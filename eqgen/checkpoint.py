@@ -8,6 +8,7 @@ written by `equinox.tree_serialise_leaves` (NumPy's npy format, one after anothe
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import eqgen
-from eqgen.files import replacing
+from eqgen.files import parse_json, replacing
 
 
 Tree = TypeVar("Tree")
@@ -89,13 +90,39 @@ def load(path: str | Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
         _verify(path, file, header)
         _match(path, header["content"]["leaves"], _describe(like, saving=False))
         file.seek(start)
-        return eqx.tree_deserialise_leaves(file, like), header["content"]["metadata"]
+        try:
+            tree = eqx.tree_deserialise_leaves(file, like, filter_spec=_read_leaf)
+        except (RuntimeError, ValueError, TypeError, EOFError, MemoryError) as error:
+            # A checksum can be made to match by anyone.
+            cause = error.__cause__ or error
+            raise DamagedCheckpointError(
+                f"The checkpoint {path} is not what its first line says: {cause}."
+            ) from error
+        return tree, header["content"]["metadata"]
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata alone, from the first line; the leaves are not checked."""
     with _open(path) as file:
         return _read_header(path, file)["content"]["metadata"]
+
+
+def _read_leaf(file: BinaryIO, like: Any) -> Any:
+    """A leaf, once its own header promises as many bytes as `like` has: nothing is allocated for one that lies."""
+    if isinstance(like, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        expected = math.prod(like.shape) * np.dtype(like.dtype).itemsize
+    elif isinstance(like, bool | int | float | complex):
+        expected = 16
+    else:
+        return like
+    start = file.tell()
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = read(file)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize > expected or min(shape, default=0) < 0:
+        raise ValueError(f"a leaf of {expected} bytes is stored as {dtype} of shape {shape}")
+    file.seek(start)
+    return eqx.default_deserialise_filter_spec(file, like)
 
 
 class _HashedWriter:
@@ -153,19 +180,27 @@ def _read_header(path: str | Path, file: BinaryIO) -> dict[str, Any]:
     header: dict[str, Any] = {}
     try:
         # A foreign file may be one endless line.
-        header = json.loads(file.readline(2**26))
+        header = parse_json(file.readline(2**26))
         if header["format"] == FORMAT and header["version"] > VERSION:
             raise CheckpointError(
                 f"{path} has checkpoint format {header['version']}; this eqgen ({eqgen.__version__}) reads "
                 f"formats up to {VERSION}. Install a newer eqgen."
             )
         good = header["format"] == FORMAT and header["version"] == VERSION
-        good = good and {"metadata", "leaves"} <= header["content"].keys() and len(header["sha256"]) == 64
+        content = header["content"]
+        good = good and isinstance(content["metadata"], dict) and all(map(_is_leaf, content["leaves"]))
+        good = good and len(header["sha256"]) == 64 and type(header["payload_bytes"]) is int
     except (ValueError, KeyError, TypeError, AttributeError):
         good = False
     if not good:
         raise DamagedCheckpointError(f"{path} is not a checkpoint of eqgen, or its first line is broken.")
     return header
+
+
+def _is_leaf(leaf: Any) -> bool:
+    """Whether an entry is as `_describe` makes them."""
+    where, shape, dtype = leaf
+    return isinstance(where, str) and isinstance(shape, list) and isinstance(dtype, str)
 
 
 def _verify(path: str | Path, file: BinaryIO, header: dict[str, Any]) -> None:

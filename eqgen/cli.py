@@ -68,11 +68,19 @@ def _is_expected(error: Exception) -> bool:
     """Whether the error's message is enough for the user: no permission, a full disk, or one of our own."""
     from eqgen.checkpoint import CheckpointError
     from eqgen.data.episodes import DataError
+    from eqgen.envs.base import EnvironmentFailedError
     from eqgen.hyperparameters import HyperparametersError
     from eqgen.runs import RunError
     from eqgen.sessions import ExperimentError
 
-    ours = CheckpointError | DataError | ExperimentError | HyperparametersError | RunError
+    ours = (
+        CheckpointError
+        | DataError
+        | EnvironmentFailedError
+        | ExperimentError
+        | HyperparametersError
+        | RunError
+    )
     return isinstance(error, ours | OSError)
 
 

@@ -9,7 +9,6 @@ count as known), but only for algorithms that finished every task: a mean over t
 """
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from eqgen import studies
 from eqgen.evaluation import bootstrap_interval, iqm
-from eqgen.files import replacing, write_json
+from eqgen.files import is_number, parse_json, replacing, write_json
 from eqgen.sessions import ExperimentError, name_seeds
 
 
@@ -31,10 +30,43 @@ def read_rows(folder: str | Path) -> dict[Path, Row]:
     rows = {}
     for path in Path(folder, "rows").glob("*.json"):
         try:
-            rows[path] = json.loads(path.read_text())
-        except ValueError as error:
+            _check_row(row := parse_json(path.read_bytes()))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ExperimentError(f"{path} is damaged: {error}. Delete it and run the suite again.") from None
+        rows[path] = row
     return dict(sorted(rows.items(), key=lambda item: (item[1]["env"], item[1]["algorithm"])))
+
+
+def _check_row(row: Row) -> None:
+    """**Raises:** `ValueError`, `TypeError`, `LookupError` or `AttributeError` when a file holds no row."""
+
+    def check(good, what):
+        if not good:
+            raise ValueError(f"it is no row: {what}")
+
+    for name in ("suite", "preset", "algorithm", "env", "status"):
+        check(isinstance(row[name], str), f"{name} is {row[name]!r}")
+    seeds, total = row["settings"]["seeds"], row["settings"]["settings"]["total_steps"]
+    check(seeds and all(type(seed) is int for seed in seeds), f"seeds are {seeds!r}")
+    check(is_number(total) and total > 0, f"total_steps is {total!r}")
+    for last in row.get("provenance", [])[-1:]:
+        texts = (last[key] for key in ("eqgen", "python", "cpu", "backend", "device"))
+        check(all(isinstance(text, str) for text in texts), "its provenance is incomplete")
+        check(isinstance(last["commit"], str | type(None)), "its provenance has no commit")
+        check(last["packages"]["jax"] and last["cores"] and last["devices"], "its provenance is incomplete")
+    for record in row.get("records", []):
+        numbers = record["updates"], record["eval/return"]
+        check(all(map(is_number, numbers)), "a record holds no numbers")
+    if row["status"] == "finished":
+        check(row["records"] and row["provenance"], "it is finished and has no records or no provenance")
+        final = row["final_return"]
+        check(len(final) == len(seeds) and all(map(is_number, final)), f"final_return is {final!r}")
+        for name in _NUMBERS:
+            check(is_number(row[name]), f"{name} is {row[name]!r}")
+
+
+_NUMBERS = ("random_return", "train_seconds", "compile_cpu_s", "parameters", "update_mb", "process_mb")
+_NUMBERS += ("update_cpu_ms", "update_wall_ms", "action_cpu_ms", "action_wall_ms")
 
 
 def write_table(folder: str | Path) -> list[Path]:
@@ -47,6 +79,10 @@ def write_table(folder: str | Path) -> list[Path]:
     folder, rows = Path(folder), read_rows(folder)
     if not rows:
         raise ExperimentError(f"{folder} holds no rows of a benchmark.")
+    if len(found := {name_seeds(row["settings"]["seeds"]) for row in rows.values()}) > 1:
+        raise ExperimentError(
+            f"{folder} holds rows of {' and of '.join(sorted(found))}; they share no table."
+        )
     summary = summarise(list(rows.values()))
     write_json(folder / "table.json", summary)
     with replacing(folder / "table.md") as temporary:

@@ -3,8 +3,9 @@
     eqgen export runs/pendulum --out policy.zip
 
 The file is a zip of two: `policy.bin`, the compiled policy's StableHLO as `jax.export` serialises it, weights
-included, and `policy.json`, which says what goes in, what comes out and where it is from. Nothing of it is Python,
-and reading it runs no code. To act, JAX, flatbuffers and the standard library are enough:
+included, and `policy.json`, which says what goes in, what comes out, where it is from, and the SHA-256 of the
+other. Nothing of it is Python, and reading it runs no code. To act, JAX, flatbuffers and the standard library are
+enough:
 
     import json, zipfile
     import jax, numpy as np
@@ -19,6 +20,7 @@ policy that is a function of the observation. JAX promises to read such a file f
 older readers of newer files included for three weeks (`jax.export`, compatibility guarantees).
 """
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Sequence
@@ -33,7 +35,7 @@ import numpy as np
 from jax import export
 
 from eqgen.experiments import seed_index, trained_policies
-from eqgen.files import replacing
+from eqgen.files import parse_json, replacing
 from eqgen.provenance import provenance
 from eqgen.runs import Run
 from eqgen.sessions import ExperimentError
@@ -43,6 +45,8 @@ FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 LARGEST = 2**31
 """Bytes of a file that is read; StableHLO cannot be larger anyway."""
+LARGEST_ABOUT = 2**24
+"""Bytes of `policy.json`."""
 
 
 def export_policy(
@@ -84,8 +88,10 @@ def export_policy(
     exported = export.export(jax.jit(act), platforms=list(platforms))(
         obs, jax.ShapeDtypeStruct((), jnp.uint32)
     )
+    content = bytes(exported.serialize())
     about = {
         "format": FORMAT,
+        "sha256": hashlib.sha256(content).hexdigest(),
         "algorithm": type(experiment.agent).__name__,
         "environment": experiment.env,
         "policy": experiment.agent.evaluation_policy,
@@ -99,7 +105,7 @@ def export_policy(
     with replacing(Path(out)) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
             file.writestr("policy.json", json.dumps(about, indent=1))
-            file.writestr("policy.bin", bytes(exported.serialize()))
+            file.writestr("policy.bin", content)
     return Path(out)
 
 
@@ -110,28 +116,34 @@ def load_policy(path: str | Path) -> tuple[eqx.Partial, dict[str, Any]]:
     """
     try:
         with zipfile.ZipFile(path) as file:
-            sizes = {info.filename: info.file_size for info in file.infolist()}
-            if missing := {"policy.json", "policy.bin"} - sizes.keys():
+            members = {info.filename: info for info in file.infolist()}
+            if missing := {"policy.json", "policy.bin"} - members.keys():
                 raise ExperimentError(
                     f"{path} holds no {', '.join(sorted(missing))}: it is no exported policy."
                 )
-            if max(sizes.values()) > LARGEST:
-                raise ExperimentError(f"{path} would unpack to more than {LARGEST} bytes.")
-            about = json.loads(file.read("policy.json"))
+            for name, most in (("policy.json", LARGEST_ABOUT), ("policy.bin", LARGEST)):
+                size, packed = members[name].file_size, members[name].compress_size
+                if size > min(most, 2**26 + 100 * packed):
+                    raise ExperimentError(f"{path}: {name} would unpack from {packed} to {size} bytes.")
+            about = parse_json(file.read("policy.json"))
+            if not isinstance(about, dict) or about.get("format") != FORMAT:
+                raise ExperimentError(f"{path} has another format than {FORMAT}, which this version reads.")
             content = file.read("policy.bin")
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
-            raise ExperimentError(f"{path} has another format than {FORMAT}, which this version reads.")
+        if about.get("sha256") != hashlib.sha256(content).hexdigest():
+            raise ExperimentError(f"{path} is damaged: the checksum of policy.bin differs. Export it again.")
         exported = export.deserialize(bytearray(content))
+        shapes = [list(aval.shape) for aval in (exported.in_avals[0], exported.out_avals[0])]
+        if shapes != [about[name]["shape"] for name in ("observation", "action")]:
+            raise ExperimentError(f"{path} is damaged: policy.json tells other shapes than {shapes}.")
+        platforms = list(exported.platforms)
     except ExperimentError:
         raise
-    except OSError:
-        raise
     except Exception as error:  # whatever a damaged zip, JSON or flatbuffer makes of it
+        if isinstance(error, OSError) and error.filename:
+            raise
         raise ExperimentError(f"{path} is damaged, or is no exported policy: {error}") from error
-    if (here := export.default_export_platform()) not in exported.platforms:
-        raise ExperimentError(
-            f"{path} runs on {', '.join(exported.platforms)}; this is {here}. Export it again."
-        )
+    if (here := export.default_export_platform()) not in platforms:
+        raise ExperimentError(f"{path} runs on {', '.join(platforms)}; this is {here}. Export it again.")
     return eqx.Partial(_call, jax.jit(exported.call)), about
 
 

@@ -26,7 +26,7 @@ from eqgen.algorithms.base import AbstractAgent
 from eqgen.envs import catalog
 from eqgen.envs.base import example_transition
 from eqgen.evaluation import Policy, rollout_returns
-from eqgen.hyperparameters import HyperparametersError, from_json, to_json
+from eqgen.hyperparameters import HyperparametersError, build, from_json, to_json
 from eqgen.runs import Run
 from eqgen.sessions import ExperimentError, check_seeds, drive, name_seeds
 from eqgen.training import (
@@ -85,14 +85,23 @@ class Experiment:
     def from_json(cls, content: dict[str, Any]) -> "Experiment":
         """The experiment that `to_json` wrote down."""
         try:
-            return cls(
-                agent=from_json(content["agent"]),
-                env=content["env"],
-                settings=OnlineSettings(**content["settings"]),
-                seeds=tuple(content["seeds"]),
-                tensorboard=content["tensorboard"],
-            )
-        except (KeyError, TypeError, ValueError, HyperparametersError) as error:
+            found = {
+                "agent": from_json(content["agent"]),
+                "env": content["env"],
+                "settings": build(OnlineSettings, content["settings"]),
+                "seeds": tuple(content["seeds"]),
+                "tensorboard": content["tensorboard"],
+            }
+            check_seeds((experiment := build(cls, found)).seeds)
+            return experiment
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            HyperparametersError,
+            ExperimentError,
+        ) as error:
             raise ExperimentError(f"settings.json cannot be used: {error}") from error
 
     def make_env(self) -> Any:
@@ -102,7 +111,7 @@ class Experiment:
             self.settings.check(env, self.agent)
             example = example_transition(env.obs_shape, env.action_dim)
             eqx.filter_eval_shape(self.agent.init, example, key=jr.key(0))
-        except (ValueError, ImportError) as error:
+        except (ValueError, TypeError, ArithmeticError, ImportError) as error:
             raise ExperimentError(str(error)) from error
         return env
 

@@ -48,7 +48,8 @@ def _controls(draw, choices, start, picture):
         import ipywidgets
     except ImportError:
         return {}
-    image = ipywidgets.Image(value=picture, format="png")
+    # In its own size; a box would stretch it to its width.
+    image = ipywidgets.Image(value=picture, format="png", layout={"align_self": "flex-start"})
     sliders = {
         name: ipywidgets.SelectionSlider(
             options=[(_label(value), value) for value in values],
@@ -83,7 +84,7 @@ def _defaults(draw, choices):
 
 
 def _label(value):
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _in_notebook():

@@ -28,7 +28,7 @@ INIT, TRAIN, EVAL = range(3)
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, a statistic or an observation became NaN or infinite; the message names it, the seed, the step."""
+    """A loss, a statistic, an observation or a reward is NaN or infinite; the message names it and where."""
 
 
 class OnlineState(eqx.Module):
@@ -98,16 +98,21 @@ def _learn_from_rollout(agent, settings, due, agent_state, replay, key):
     return filter_cond(due, update, wait, agent_state)
 
 
-def _tally(episode_return, timestep):
+def _tally(episode_return, obs, timestep):
     """Sums for the episodes that ended in this step, and the running returns after it."""
     episode_return = episode_return + timestep.reward
     done = timestep.terminated | timestep.truncated
     sums = {
         "finished_return": jnp.sum(jnp.where(done, episode_return, 0.0)),
         "finished": jnp.sum(done, dtype=jnp.float32),
-        "bad_obs": jnp.sum(~jnp.isfinite(timestep.obs), dtype=jnp.float32),
+        "bad_obs": _count_bad(obs) + _count_bad(timestep.obs),
+        "bad_reward": _count_bad(timestep.reward),
     }
     return jnp.where(done, 0.0, episode_return), sums
+
+
+def _count_bad(x):
+    return jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
 
 
 def _transitions(obs, actions, timestep):
@@ -124,7 +129,7 @@ def _jax_iteration(agent, env, settings, learning, iteration, seed, agent_state,
     actions = _explore(agent, env.action_dim, learning, agent_state, obs, explore_key)
     step = lambda s, a, k: step_autoreset(env, s, a, key=k)
     env_state, next_obs, timestep = jax.vmap(step)(env_state, actions, jr.split(env_key, len(obs)))
-    episode_return, sums = _tally(episode_return, timestep)
+    episode_return, sums = _tally(episode_return, obs, timestep)
     transitions = _transitions(obs, actions, timestep)
     agent_state, replay, metrics = _learn(
         agent, settings, learning, iteration, agent_state, replay, transitions, learn_key
@@ -202,7 +207,7 @@ def _host_explore(agent, env, settings, learning, seeds, iteration, agent_state,
 def _host_learn(agent, env, settings, learning, seeds, iteration, agent_state, rest, obs, actions, timestep):
     def one(seed, agent_state, rest, obs, actions, timestep):
         replay, episode_return = rest
-        episode_return, sums = _tally(episode_return, timestep)
+        episode_return, sums = _tally(episode_return, obs, timestep)
         transitions = _transitions(obs, actions, timestep)
         key = _iteration_keys(seed, iteration)[2]
         agent_state, replay, metrics = _learn(

@@ -33,7 +33,7 @@ from eqgen.envs.base import AbstractEnv
 from eqgen.evaluation import rollout_returns, rollout_rewards
 from eqgen.experiments import seed_index, write_clip
 from eqgen.guidance import AbstractGuidance
-from eqgen.hyperparameters import HyperparametersError, from_json, to_json
+from eqgen.hyperparameters import HyperparametersError, build, from_json, to_json
 from eqgen.offline import OfflineSettings, OfflineState, init_offline, train_offline
 from eqgen.runs import Run
 from eqgen.sessions import ExperimentError, check_seeds, drive, name_seeds
@@ -76,16 +76,25 @@ class PlanningExperiment:
     def from_json(cls, content: dict[str, Any]) -> "PlanningExperiment":
         """The experiment that `to_json` wrote down."""
         try:
-            return cls(
-                learner=from_json(content["learner"]),
-                data=content["data"],
-                windows=WindowSettings(**content["windows"]),
-                settings=OfflineSettings(**content["settings"]),
-                seeds=tuple(content["seeds"]),
-                env=content["env"],
-                checksum=content.get("checksum", ""),
-            )
-        except (KeyError, TypeError, ValueError, HyperparametersError) as error:
+            found = {
+                "learner": from_json(content["learner"]),
+                "data": content["data"],
+                "windows": build(WindowSettings, content["windows"]),
+                "settings": build(OfflineSettings, content["settings"]),
+                "seeds": tuple(content["seeds"]),
+                "env": content["env"],
+                "checksum": content.get("checksum", ""),
+            }
+            check_seeds((experiment := build(cls, found)).seeds)
+            return experiment
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            HyperparametersError,
+            ExperimentError,
+        ) as error:
             raise ExperimentError(f"settings.json cannot be used: {error}") from error
 
 
@@ -153,9 +162,7 @@ def train(
         _checksums(episodes)[0],
     )
     _make_env(experiment.env)
-    begin = lambda data, example, normalizer: init_offline(
-        lambda key: learner.init(example, key=key, normalizer=normalizer), seeds=experiment.seeds
-    )
+    begin = lambda data, example, normalizer: _begin_planner(experiment, example, normalizer)
     return _train(experiment, episodes, begin, out, verbose)
 
 
@@ -193,22 +200,29 @@ def train_on_planner(
 
 
 def resume(out: str | Path, *, data: str | Path | None = None, verbose: bool = True) -> Run:
-    """Goes on from the newest good checkpoint, exactly as if training had never stopped.
+    """Goes on from the newest good checkpoint, exactly as if training had never stopped. Without any checkpoint a
+    planner's training begins anew.
 
     **Arguments:** `data`: where the set lies now, if it was moved. The run does not note it.
 
-    **Raises:** `ExperimentError` when the set is missing or no longer the same, or nothing had been saved yet.
+    **Raises:** `ExperimentError` when the set is missing or no longer the same, or nothing had been saved yet of
+    what is learned on top of a planner, which only a checkpoint holds.
     """
     with Run.open(out, write=True) as run:
         experiment = PlanningExperiment.from_json(run.settings)
-        if not run.checkpoints():
+        if not run.checkpoints() and not isinstance(experiment.learner, DiffusionPlanner):
             raise ExperimentError(
                 f"{run.path} stopped before its first checkpoint. Remove it and train again."
             )
         experiment = dataclasses.replace(experiment, data=str(data or experiment.data))
         episodes = _load(experiment.data, run.path, f"go on with: eqgen resume {run.path} --data PATH")
         _same_set(experiment, episodes, run.path)
-        batches, example, _ = _prepare(experiment, episodes)
+        batches, example, normalizer = _prepare(experiment, episodes)
+        if not run.checkpoints():
+            run.rewind(-1)
+            state = _begin_planner(experiment, example, normalizer)
+            _drive(run, experiment, batches, state, {}, verbose)
+            return Run.open(out)
         state, metadata = run.restore(_skeleton(experiment, example))
         if metadata["update"] == experiment.learner.total_updates:
             if verbose:
@@ -217,6 +231,11 @@ def resume(out: str | Path, *, data: str | Path | None = None, verbose: bool = T
         run.rewind(metadata["update"])
         _drive(run, experiment, batches, state, metadata, verbose)
     return Run.open(out)
+
+
+def _begin_planner(experiment, example, normalizer):
+    make = lambda key: experiment.learner.init(example, key=key, normalizer=normalizer)
+    return init_offline(make, seeds=experiment.seeds)
 
 
 def _train(experiment, episodes, begin, out, verbose):

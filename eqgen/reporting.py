@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from eqgen.experiments import first_loss
-from eqgen.files import replacing
+from eqgen.files import is_number, replacing
 from eqgen.runs import Run, RunError
 from eqgen.sessions import ExperimentError, name_seeds
 
@@ -37,7 +37,23 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     found = {file.parent for folder in folders for file in folder.rglob("settings.json")}
     if not found:
         raise ExperimentError(f"There is no run in {', '.join(map(str, folders))}.")
-    return [Run.open(path) for path in sorted(found)]
+    return [_opened(path) for path in sorted(found)]
+
+
+def _opened(path: str | Path) -> Run:
+    """The run, if its settings have what is shown of them."""
+    run = Run.open(path)
+    try:
+        seeds, total = run.settings["seeds"], total_steps(run)
+        good = (
+            isinstance(run.settings["algorithm"], str) and seeds and all(type(seed) is int for seed in seeds)
+        )
+        good = good and type(total) is int and 0 < total < 2**63
+    except (LookupError, TypeError):
+        good = False
+    if not good:
+        raise RunError(f"{run.path / 'settings.json'} has no algorithm, no seeds, or no number of steps.")
+    return run
 
 
 def total_steps(run: Run) -> int:
@@ -120,10 +136,10 @@ def _table(runs, names):
 
 def _provenance(run):
     try:
-        last = json.loads((run.path / "provenance.json").read_text())[-1]
-    except (OSError, ValueError, LookupError):
+        last = run.sessions()[-1]
+        return f"eqgen {last['eqgen']} ({str(last['commit'] or 'no commit')[:9]}), {last['device']}"
+    except (OSError, RunError, LookupError):
         return "-"
-    return f"eqgen {last['eqgen']} ({(last['commit'] or 'no commit')[:9]}), {last['device']}"
 
 
 def _curves(task, runs, names):
@@ -136,8 +152,10 @@ def _curves(task, runs, names):
         for run in runs:
             steps, values = run.curve(metric)
             band = "range" if len(values) < 5 else "ci"
-            captions[plotting.learning_curve(ax, steps, values, label=names[run.path], band=band)] = None
-        ax.set(xlabel="environment steps" if clock == "env_step" else "updates", ylabel=metric)
+            captions[plotting.learning_curve(ax, steps, values, label=_plain(names[run.path]), band=band)] = (
+                None
+            )
+        ax.set(xlabel="environment steps" if clock == "env_step" else "updates", ylabel=_plain(metric))
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         drawing = io.StringIO()
         fig.savefig(drawing, format="svg", bbox_inches="tight")
@@ -146,6 +164,11 @@ def _curves(task, runs, names):
     plt.close(fig)
     svg = drawing.getvalue()
     return f"<h2>{html.escape(env)}</h2>{svg[svg.index('<svg') :]}<p>{html.escape('; '.join(captions))}</p>"
+
+
+def _plain(text):
+    """Not to be taken for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _differences(runs, names):
@@ -235,7 +258,7 @@ def watch(path: str | Path, *, every: float = 2.0, once: bool = False, file: Any
     """
     file, shown = file or sys.stdout, None
     while True:
-        run = Run.open(path)
+        run = _opened(path)
         text, done = status(run)
         if text != shown:
             # On a terminal the new lines take the place of the old ones.
@@ -261,6 +284,7 @@ def status(run: Run) -> tuple[str, bool]:
     lines = [title, f"{'█' * filled}{'·' * (30 - filled)} {clock} {step} of {total} ({share:.0%})"]
     if records:
         seconds = records[-1].get("wall_time", 0.0)
+        seconds = seconds if is_number(seconds) else 0.0
         rest = f", about {_duration(seconds * (total - step) / step)} to go" if 0 < step < total else ""
         lines.append(f"{_duration(seconds)} so far{rest}")
     if metric is not None:

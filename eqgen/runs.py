@@ -7,12 +7,15 @@
     tensorboard/           event files, if asked for
 
 Any number of processes may read a run; one may write to it. What a crash leaves is always a run that can be
-resumed: files are replaced whole, and `rewind` cuts the log back to the checkpoint.
+resumed: files are replaced whole, `rewind` cuts the log back to the checkpoint, and who begins to write tidies up
+the half-written files of a killed writer. What is read may be damaged or anyone's: then there is a `RunError` with
+the file's name, and no other exception.
 """
 
 import fcntl
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +25,7 @@ import numpy as np
 
 from eqgen import checkpoint
 from eqgen.checkpoint import CheckpointError, DamagedCheckpointError
-from eqgen.files import replacing, write_json
+from eqgen.files import is_number, leftovers, parse_json, replacing, write_json
 from eqgen.provenance import provenance
 
 
@@ -30,8 +33,15 @@ Tree = TypeVar("Tree")
 Records = Iterable[dict[str, Any]]
 
 
+CLOCKS = ("env_step", "update")
+
+
 class RunError(Exception):
     """A run directory cannot be used as asked; the message says why and what to do."""
+
+
+class RunIsBusyError(RunError):
+    """Another process is writing to the run."""
 
 
 class Run:
@@ -56,16 +66,24 @@ class Run:
         **Raises:** `RunError` when the folder already holds something.
         """
         path = Path(path)
+        taken = f"{path} already holds a run. Go on with `eqgen resume {path}`, or choose another folder."
         if (path / "settings.json").exists():
-            raise RunError(
-                f"{path} already holds a run. Go on with `eqgen resume {path}`, or choose another folder."
-            )
-        if path.exists() and (not path.is_dir() or any(child.name != ".lock" for child in path.iterdir())):
+            raise RunError(taken)
+        # What a process leaves that was killed while it made a run is no run yet.
+        ours = {path / ".lock", *leftovers(path / "settings.json")}
+        if path.exists() and (not path.is_dir() or any(child not in ours for child in path.iterdir())):
             raise RunError(f"{path} exists and is not empty. Choose another folder.")
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, settings, keep)
-        run._begin_writing()
-        write_json(path / "settings.json", settings)
+        run._take_lock()
+        try:
+            if (path / "settings.json").exists():  # of a process that was faster
+                raise RunError(taken)
+            write_json(path / "settings.json", settings)
+            run._begin_writing()
+        except BaseException:
+            run.close()
+            raise
         return run
 
     @classmethod
@@ -73,17 +91,40 @@ class Run:
         """An existing run, for reading or, one process at a time, for writing."""
         path = Path(path)
         try:
-            settings = json.loads((path / "settings.json").read_text())
-        except OSError:
+            settings = parse_json((path / "settings.json").read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{path} is not a run: it has no settings.json.") from None
+        except OSError as error:
+            raise RunError(f"{path / 'settings.json'} cannot be read: {error.strerror}.") from error
         except ValueError as error:
             raise RunError(f"{path / 'settings.json'} is not valid JSON: {error}.") from None
+        if not isinstance(settings, dict):
+            raise RunError(f"{path / 'settings.json'} holds no object but a {type(settings).__name__}.")
+        if (clock := settings.get("clock", "env_step")) not in CLOCKS:
+            raise RunError(f"{path / 'settings.json'}: clock is {clock!r}, not one of {', '.join(CLOCKS)}.")
         run = cls(path, settings, keep)
         if write:
-            run._begin_writing()
+            run._take_lock()
+            try:
+                run._begin_writing()
+            except BaseException:
+                run.close()
+                raise
         return run
 
-    def _begin_writing(self):
+    @staticmethod
+    def is_busy(path: str | Path) -> bool:
+        """Whether some process, this one included, is writing to the run at `path`."""
+        try:
+            with open(Path(path, ".lock")) as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return False
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+
+    def _take_lock(self):
         lock = open(self.path / ".lock", "a+")
         try:
             # The system drops the lock with the process, however that ends.
@@ -92,24 +133,50 @@ class Run:
             lock.seek(0)
             owner = lock.read().strip() or "unknown"
             lock.close()
-            raise RunError(
+            raise RunIsBusyError(
                 f"Another process (id {owner}) is writing to {self.path}. Wait for it or stop it."
             ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        except BaseException:
+            lock.close()
+            raise
         self._lock = lock
-        self._log = open(self.path / "metrics.jsonl", "a")
+        lock.truncate(0)
+        try:
+            os.write(lock.fileno(), str(os.getpid()).encode())
+        except OSError as error:
+            self.close()
+            raise OSError(error.errno, error.strerror, str(self.path / ".lock")) from error
+
+    def _begin_writing(self):
+        """With the lock taken: tidies up after a killed writer, opens the log, notes the session."""
+        names = ("settings.json", "provenance.json", "metrics.jsonl", "checkpoints/step_*.eqx")
+        for name in names:
+            for file in leftovers(self.path / name):
+                file.unlink(missing_ok=True)
         sessions = self.path / "provenance.json"
-        earlier = json.loads(sessions.read_text()) if sessions.exists() else []
+        try:
+            earlier = self.sessions()
+        except RunError as error:
+            aside = sessions.with_suffix(".json.damaged")
+            sessions.replace(aside)
+            warnings.warn(f"{error} It is kept as {aside.name}, and a new one begun.", stacklevel=3)
+            earlier = []
         write_json(sessions, [*earlier, provenance()])
+        self._open_log()
+
+    def _open_log(self):
+        # Without a buffer: what a full disk refuses must not be tried again when the file is closed.
+        self._log = open(self.path / "metrics.jsonl", "ab", buffering=0)
 
     def close(self) -> None:
         """Ends writing and lets others write."""
-        for file in (self._log, self._lock):
-            if file is not None:
-                file.close()
-        self._log = self._lock = None
+        log, lock, self._log, self._lock = self._log, self._lock, None, None
+        try:
+            if log is not None:
+                log.close()
+        finally:
+            if lock is not None:
+                lock.close()
 
     def __enter__(self) -> "Run":
         return self
@@ -117,21 +184,77 @@ class Run:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def sessions(self) -> list[dict[str, Any]]:
+        """The provenance of every session that wrote to the run, oldest first; none if the file is not there.
+
+        **Raises:** `RunError` when it is damaged.
+        """
+        path = self.path / "provenance.json"
+        try:
+            found = parse_json(path.read_bytes())
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}.") from None
+        if not isinstance(found, list) or not all(isinstance(session, dict) for session in found):
+            raise RunError(f"{path} is damaged: it holds no list of sessions.")
+        return found
+
     # --- Metrics ---
 
     def log(self, records: Records) -> None:
-        """Appends records: flat dicts of what JSON can hold (no NaN), with `seed` and the run's clock."""
-        self._log.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-        self._log.flush()
+        """Appends records: flat dicts of what JSON can hold (no NaN), with `seed` and the run's clock.
+
+        **Raises:** `RunError` when they cannot be written; what was there before is as it was.
+        """
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
+        log, begin = self._writing(), os.fstat(self._writing().fileno()).st_size
+        try:
+            written = 0
+            while written < len(lines):
+                written += log.write(lines[written:])
+        except OSError as error:
+            os.ftruncate(log.fileno(), begin)
+            raise RunError(
+                f"Could not write {self.path / 'metrics.jsonl'}: {error.strerror}. What was there before is "
+                f"untouched. Free some space, then go on with: eqgen resume {self.path}"
+            ) from error
+
+    def _writing(self):
+        if self._log is None:
+            raise RunError(
+                f"{self.path} is open for reading only. Open it with `Run.open(path, write=True)`."
+            )
+        return self._log
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All records so far. A last line that a crash left unfinished is not there."""
+        """All records so far. A last line that a crash left unfinished is not there.
+
+        **Raises:** `RunError` when a line is no record.
+        """
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise RunError(f"{path} is damaged: {error}.") from None
+            lines = path.read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return []
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = parse_json(line)
+            except ValueError as error:
+                raise RunError(
+                    f"{path} is damaged in line {number}: {error}. Mend or remove that line."
+                ) from None
+            counted = isinstance(record, dict) and all(
+                type(record.get(key)) is int and 0 <= record[key] < 2**63 for key in ("seed", self.clock)
+            )
+            if not counted:
+                raise RunError(
+                    f"{path} is damaged in line {number}: a record has whole numbers for seed and {self.clock}. "
+                    "Mend or remove that line."
+                )
+            records.append(record)
+        return records
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The metric `name` over time.
@@ -142,8 +265,10 @@ class Run:
         seeds: dict[int, dict[int, float]] = {}
         for record in self.metrics():
             values = seeds.setdefault(record["seed"], {})
-            if record.get(name) is not None:
-                values[record[self.clock]] = record[name]
+            if (value := record.get(name)) is not None:
+                if not is_number(value):
+                    raise RunError(f"{name!r} in {self.path} is {value!r}, no number, and has no curve.")
+                values[record[self.clock]] = value
         steps = sorted(set.intersection(*map(set, seeds.values()))) if seeds else []
         if not steps:
             known = sorted({key for record in self.metrics() for key in record})
@@ -158,10 +283,10 @@ class Run:
         Checkpoints of later steps, which can only be damaged ones, are set aside as `*.damaged`.
         """
         kept = [record for record in self.metrics() if record[self.clock] <= step]
-        self._log.close()
+        self._writing().close()
         with replacing(self.path / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self._log = open(self.path / "metrics.jsonl", "a")
+        self._open_log()
         for path in self.checkpoints():
             if _step(path) > step:
                 path.rename(path.with_suffix(".eqx.damaged"))
@@ -170,11 +295,12 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint files, newest first."""
-        return sorted((self.path / "checkpoints").glob("step_*.eqx"), key=_step, reverse=True)
+        files = (self.path / "checkpoints").glob("step_*.eqx")
+        return sorted((file for file in files if _STEP.fullmatch(file.name)), key=_step, reverse=True)
 
     def save_checkpoint(self, tree: Any, step: int, **metadata: Any) -> Path:
         """Saves `tree` and drops all but the last `keep` checkpoints; the log reaches the disk first."""
-        os.fsync(self._log.fileno())
+        os.fsync(self._writing().fileno())
         path = self.path / "checkpoints" / f"step_{step:010d}.eqx"
         checkpoint.save(path, tree, {self.clock: step} | metadata)
         for old in self.checkpoints()[self.keep :]:
@@ -190,6 +316,9 @@ class Run:
         for path in self.checkpoints():
             try:
                 tree, metadata = checkpoint.load(path, like)
+                clock, wall_time = metadata.get(self.clock), metadata.get("wall_time", 0.0)
+                if type(clock) is not int or clock != _step(path) or not is_number(wall_time):
+                    raise DamagedCheckpointError(f"The checkpoint {path} is not of the step in its name.")
             except DamagedCheckpointError as error:
                 errors.append(str(error))
                 continue
@@ -197,6 +326,9 @@ class Run:
                 warnings.warn(f"{' '.join(errors)} Using the previous one, {path.name}.", stacklevel=2)
             return tree, metadata
         raise CheckpointError(" ".join(errors) or f"{self.path} has no checkpoint yet.")
+
+
+_STEP = re.compile(r"step_(\d{1,18})\.eqx", re.ASCII)
 
 
 def _step(path: Path) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
 
+from eqgen.envs.base import EnvironmentFailedError
 from eqgen.loops import NonFiniteError
 from eqgen.runs import Run, TensorBoard
 
@@ -76,7 +77,8 @@ def drive(
     - `summary`: of some records, what stands beside the progress bar, and a line to print, if any.
     - `verbose`: a progress bar on a terminal, and these lines.
 
-    **Raises:** `ExperimentError` when a number is no longer finite; `Interrupted` after an interrupt.
+    **Raises:** `ExperimentError` when a number is no longer finite or an environment failed; `Interrupted` after an
+    interrupt.
     """
     first, saved = metadata.get(run.clock, 0), metadata.get(run.clock)
     with ExitStack() as stack:
@@ -110,11 +112,14 @@ def drive(
                     saved = step
                 if stop.signal and step < total:
                     raise Interrupted(f"Saved step {step}. Go on with: eqgen resume {run.path}", stop.signal)
-        except NonFiniteError as error:
+        except (NonFiniteError, EnvironmentFailedError) as error:
             kept = (
                 "No checkpoint had been saved" if saved is None else f"The checkpoint of step {saved} is kept"
             )
-            raise ExperimentError(f"{error} Training has stopped. {kept} in {run.path}.") from error
+            message = f"{error} Training has stopped. {kept} in {run.path}."
+            if isinstance(error, EnvironmentFailedError):
+                message += f" When it is mended, go on with: eqgen resume {run.path}"
+            raise ExperimentError(message) from error
 
 
 class StopOnSignal:
@@ -152,11 +157,11 @@ def name_seeds(seeds: Sequence[int]) -> str:
 def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     """The seeds.
 
-    **Raises:** `ExperimentError` when there are none, two are equal or one is negative.
+    **Raises:** `ExperimentError` when there are none, two are equal, or one is negative or of more than 31 bits.
     """
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**31:
         raise ExperimentError(
-            f"seeds are {list(seeds)}; one or more different ones are needed, none negative."
+            f"seeds are {list(seeds)}; one or more different ones are needed, none negative and all below 2**31."
         )
     return tuple(seeds)
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from eqgen import experiments
 from eqgen.algorithms.base import AbstractAgent, Size
-from eqgen.files import replacing
+from eqgen.files import is_number, parse_json, replacing
 from eqgen.runs import Run
+from eqgen.sessions import ExperimentError
 from eqgen.training import OnlineSettings
 
 
@@ -85,7 +86,7 @@ def run_study(
     """
     label = "_".join([name, agent] + (["-".join(map(str, ("seeds", *seeds)))] if seeds else []))
     out = Path(folder) / label
-    if out.exists():
+    if (out / "settings.json").exists():
         finished = experiments.resume(out)
     else:
         finished = experiments.train(
@@ -105,20 +106,44 @@ def result(run: Run) -> dict[str, Any]:
     """Settings, provenance and the evaluation records of a run."""
     return {
         "settings": run.settings,
-        "provenance": json.loads((run.path / "provenance.json").read_text()),
+        "provenance": run.sessions(),
         "records": [record for record in run.metrics() if "eval/return" in record],
     }
 
 
+def read_result(path: str | Path) -> dict[str, Any]:
+    """What is in a result file or a benchmark's row.
+
+    **Raises:** `ExperimentError` when it is not JSON, or has no list of records that name their seed and step.
+    """
+    try:
+        content = parse_json(Path(path).read_bytes())
+        for record in content["records"]:
+            for key in ("seed", "env_step"):
+                if type(record[key]) is not int or not 0 <= record[key] < 2**63:
+                    raise ValueError(f"{key} is {record[key]!r}")
+    except (ValueError, TypeError, LookupError) as error:
+        raise ExperimentError(f"{path} is damaged, or is no result: {error}. Make it again.") from error
+    return content
+
+
 def read_curve(path: Path, metric: str = "eval/return") -> tuple[np.ndarray, np.ndarray]:
     """The environment steps at which a result file and those of other seeds have the metric, and the metric as
-    (seeds, steps). If some seeds went further than others, only what all have is returned."""
+    (seeds, steps). If some seeds went further than others, only what all have is returned.
+
+    **Raises:** `ExperimentError` when a file is damaged, or there is no step at which all seeds have the metric.
+    """
     values = {}
     for file in [Path(path), *sorted(Path(path).parent.glob(f"{Path(path).stem}_seeds-*.json"))]:
-        records = json.loads(file.read_text())["records"]
-        values |= {(r["seed"], r["env_step"]): r[metric] for r in records if metric in r}
+        for record in read_result(file)["records"]:
+            if metric in record:
+                if not is_number(record[metric]):
+                    raise ExperimentError(f"{file} is damaged: {metric} is {record[metric]!r}, no number.")
+                values[record["seed"], record["env_step"]] = record[metric]
     seeds = sorted({seed for seed, _ in values})
     steps = sorted({step for _, step in values if all((seed, step) in values for seed in seeds)})
+    if not steps:
+        raise ExperimentError(f"{path} has no {metric} at any step that all seeds have reached.")
     return np.array(steps), np.array([[values[seed, step] for step in steps] for seed in seeds])
 
 

@@ -22,7 +22,8 @@
 
 A run is a function of its settings alone: OUT/runs/NAME is made with them first, empty, and whoever comes by
 resumes it. So it does not matter where a run is computed, how often it was interrupted, or who goes on with it, and
-the same command does what is missing. OUT/summary.json and summary.md hold what all runs came to.
+the same command does what is missing, also beside another that is at it. OUT/summary.json and summary.md hold what
+all runs came to.
 
 Engines: "local" runs them here, one after another or in `workers` processes; "ray" on a Ray cluster that is there
 already (`ray start --head`, or `RAY_ADDRESS`), wherever the resources are free. When a node is lost, its runs go
@@ -31,8 +32,12 @@ on elsewhere from their last checkpoint. OUT must lie in a folder that all nodes
 
 import dataclasses
 import itertools
+import math
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,13 +50,15 @@ from eqgen import experiments, studies
 from eqgen.algorithms.base import Size
 from eqgen.checkpoint import CheckpointError
 from eqgen.experiments import Experiment
-from eqgen.files import replacing, write_json
-from eqgen.runs import Run, RunError
+from eqgen.files import is_number, replacing, write_json
+from eqgen.hyperparameters import HyperparametersError, check_type
+from eqgen.runs import Run, RunError, RunIsBusyError
 from eqgen.sessions import ExperimentError, Interrupted, StopOnSignal, check_seeds
 from eqgen.training import OnlineSettings
 
 
 ENGINES = ("local", "ray")
+MOST_RUNS = 1_000
 RETRIES = 5
 """How often Ray starts a run again whose node or process was lost."""
 FAILURES = (ExperimentError, RunError, CheckpointError)
@@ -80,8 +87,10 @@ class Sweep:
         """
         try:
             content = tomllib.loads(Path(path).read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # also bytes that are no text
             raise ExperimentError(f"{path} is not TOML: {error}.") from None
+        except RecursionError:
+            raise ExperimentError(f"{path} is nested too deeply.") from None
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := content.keys() - fields.keys():
             raise ExperimentError(f"{path}: no {_list(unknown)} in a sweep; it takes {_list(fields)}.")
@@ -111,10 +120,17 @@ class Sweep:
         if unknown := content.get("resources", {}).keys() - {"cpus", "gpus"}:
             raise ExperimentError(f"{path}: no {_list(unknown)} in resources; it takes cpus, gpus.")
         for name, value in content.get("resources", {}).items():
-            if type(value) not in (int, float) or value < 0:
+            if not is_number(value) or value < 0:
                 raise ExperimentError(
                     f"{path}: resources.{name} is {value!r}; it must be a number, 0 or more."
                 )
+        number = len(content["algorithms"]) * len(content["envs"])
+        number *= math.prod(map(len, content.get("grid", {}).values()))
+        number *= 1 if content.get("seeds_together", True) else len(content["seeds"])
+        if number > MOST_RUNS:
+            raise ExperimentError(
+                f"{path}: {number} combinations are more than the {MOST_RUNS} of one sweep. Split it."
+            )
         lists: dict[str, Any] = {name: tuple(content[name]) for name in ("algorithms", "envs", "seeds")}
         return cls(**(content | lists))
 
@@ -177,8 +193,9 @@ def with_fields(module: Any, values: Mapping[str, Any]) -> Any:
         else:
             new = _as_type_of(old, value, f"{type(module).__name__}.{name}")
         try:
+            check_type(type(module), name, new)
             module = dataclasses.replace(module, **{name: new})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, HyperparametersError) as error:
             raise ExperimentError(str(error)) from error
     return module
 
@@ -196,11 +213,14 @@ def _as_type_of(old, value, name):
     )
 
 
-def _flat(table, prefix=""):
+def _flat(table, prefix="", depth=20):
     """Nested tables as paths."""
+    if depth == 0:
+        raise ExperimentError(f"{prefix[:-1]} is nested too deeply.")
     flat = {}
     for name, value in table.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.", depth - 1) if inner else {prefix + name: value}
     return flat
 
 
@@ -252,14 +272,17 @@ def run_sweep(
 def _prepare(path, experiment):
     """Makes the run, empty, or sees that the one there is the same."""
     content = experiment.to_json()
-    if (path / "settings.json").exists():
-        found = Run.open(path).settings
-        if differing := [name for name in content if found.get(name) != content[name]]:
-            raise ExperimentError(
-                f"{path} has another {_list(differing)} than the sweep asks for. Choose another --out."
-            )
+    try:
+        Run.create(path, content).close()
         return
-    Run.create(path, content).close()
+    except RunError:
+        if not (path / "settings.json").exists():
+            raise
+    found = Run.open(path).settings
+    if differing := [name for name in content if found.get(name) != content[name]]:
+        raise ExperimentError(
+            f"{path} has another {_list(differing)} than the sweep asks for. Choose another --out."
+        )
 
 
 def complete(path: str | Path) -> bool:
@@ -269,31 +292,74 @@ def complete(path: str | Path) -> bool:
     return steps == [run.settings["settings"]["total_steps"]]
 
 
+def _next_free(folder, waiting, verbose, told):
+    """The first run to which nobody else is writing, taken off the list; None as long as there is none."""
+    for name in waiting:
+        if not Run.is_busy(folder / "runs" / name):
+            waiting.remove(name)
+            return name
+        if name not in told:
+            told.add(name)
+            _say(verbose, name, "another process is writing to it")
+    return None
+
+
 def _run_here(folder, names, *, verbose, written, **_):
-    errors = {}
-    for number, name in enumerate(names, 1):
+    waiting, errors, told = list(names), {}, set()
+    while waiting:
+        if (name := _next_free(folder, waiting, verbose, told)) is None:
+            time.sleep(1)
+            continue
         if complete(folder / "runs" / name):
             continue
         if verbose:
-            print(f"[{number}/{len(names)}] {name}", flush=True)
+            print(f"[{names.index(name) + 1}/{len(names)}] {name}", flush=True)
         try:
             experiments.resume(folder / "runs" / name, verbose=verbose)
         except Interrupted as stop:
             raise Interrupted(f"{name} is saved. The same command goes on from there.", stop.signal) from stop
+        except RunIsBusyError:  # since it was looked at
+            waiting.append(name)
         except FAILURES as error:
             errors[name] = str(error)
         written(errors)
     return errors
 
 
+_WORKER = """
+import sys
+from eqgen import sweeps
+sweeps.stop_with(int(sys.argv[1]))
+from eqgen import cli
+sys.exit(cli.main(["resume", sys.argv[2]]))
+"""
+
+
+def stop_with(parent: int) -> None:
+    """Interrupts this process, so that it saves, once it is no longer a child of `parent`.
+
+    A sweep that is killed leaves no worker behind that would go on by itself.
+    """
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _run_in_processes(folder, names, *, workers, verbose, written, **_):
     waiting = [name for name in names if not complete(folder / "runs" / name)]
-    busy, errors, stopping = {}, {}, False
+    busy, errors, stopping, told = {}, {}, False, set()
     with StopOnSignal() as stop:
         while busy or (waiting and not stop.signal):
             while waiting and len(busy) < workers and not stop.signal:
-                name = waiting.pop(0)
-                command = [sys.executable, "-m", "eqgen", "resume", str(folder / "runs" / name)]
+                if (name := _next_free(folder, waiting, verbose, told)) is None:
+                    break
+                if complete(folder / "runs" / name):  # by whoever wrote to it
+                    continue
+                command = [sys.executable, "-c", _WORKER, str(os.getpid()), str(folder / "runs" / name)]
                 with open(folder / "runs" / name / "log.txt", "ab") as log:
                     # A session of its own: Ctrl-C reaches this process alone, which passes one signal on.
                     busy[name] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -307,6 +373,9 @@ def _run_in_processes(folder, names, *, workers, verbose, written, **_):
                 if (code := process.poll()) is None:
                     continue
                 del busy[name]
+                if code and not stop.signal and Run.is_busy(folder / "runs" / name):  # since it was looked at
+                    waiting.append(name)
+                    continue
                 if code and not stop.signal:
                     lines = (folder / "runs" / name / "log.txt").read_text(errors="replace").split("\n")
                     errors[name] = next((line for line in reversed(lines) if line), f"exit code {code}")

@@ -68,6 +68,8 @@ class OnlineSettings:
         ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if self.total_steps >= 2**31:
+            raise ValueError(f"total_steps is {self.total_steps}; steps are counted by 32 bits.")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be at least 0.")
         if self.buffer_capacity < self.num_envs:
@@ -249,8 +251,8 @@ def train_online(
     **Returns:** a generator of `Progress`. The evaluation at a step uses the agent as it is then, in
     environments of its own, with `explore=False`, and random numbers that depend on (seed, step) alone.
 
-    **Raises:** `NonFiniteError` when a metric or an observation is NaN or infinite. Nothing is yielded for
-    that chunk, so the last state that was yielded (and saved) is a good one.
+    **Raises:** `NonFiniteError` when a metric, an observation or a reward is NaN or infinite. Nothing is yielded
+    for that chunk, so the last state that was yielded (and saved) is a good one.
     """
     loop = _loop(agent, env, settings, seeds)
     begun = time.perf_counter()
@@ -295,22 +297,30 @@ def _records(sums, first, stop, agent, settings, seeds):
     for i, seed in enumerate(seeds):
         values = {name: float(value[i]) for name, value in sums.items()}
         finished, finished_return = values.pop("finished"), values.pop("finished_return")
-        bad_obs = values.pop("bad_obs") > 0
+        bad = [name for name in ("observation", "reward") if values.pop(_BAD[name]) > 0]
         new = updates - before
         means = {name: value / new if new else None for name, value in values.items()}
-        _check_finite(means, bad_obs, seed, step)
+        _check_finite(means, bad, seed, step)
         record = {"seed": int(seed), "env_step": step, "updates": updates, "train/episodes": int(finished)}
         records.append(record | {"train/return": finished_return / finished if finished else None} | means)
     return records
 
 
-def _check_finite(means, bad_obs, seed, step):
-    """Names what is not finite. An agent that diverges breaks the observations and the other way round: both."""
-    bad = next((name for name, x in means.items() if x is not None and not np.isfinite(x)), None)
-    causes = [f"The metric {bad} of seed {seed} is {means[bad]}"] if bad else []
-    causes += [f"{'an' if bad else 'An'} observation of seed {seed} was NaN or infinite"] if bad_obs else []
+_BAD = {"observation": "bad_obs", "reward": "bad_reward"}
+
+
+def _check_finite(means, bad, seed, step):
+    """Names what is not finite: of an agent that diverges and so breaks the observations, both.
+
+    What comes from the environment is looked at before anything is learned too: replay keeps it, and no checkpoint
+    that holds it could be gone on from.
+    """
+    metric = next((name for name, x in means.items() if x is not None and not np.isfinite(x)), None)
+    causes = [f"the metric {metric} of seed {seed} is {means[metric]}"] if metric else []
+    causes += [f"{'an' if name[0] == 'o' else 'a'} {name} of seed {seed} was NaN or infinite" for name in bad]
     if causes:
-        raise NonFiniteError(f"{' and '.join(causes)} at environment step {step}.")
+        message = " and ".join(causes)
+        raise NonFiniteError(f"{message[0].upper()}{message[1:]} at environment step {step}.")
 
 
 @eqx.filter_jit

@@ -25,7 +25,7 @@ import numpy as np
 from eqgen.data import hdf5
 from eqgen.data.episodes import DataError, Episodes, from_flat
 from eqgen.data.reference import D4RL, Scale
-from eqgen.files import replacing
+from eqgen.files import parse_json, replacing
 from eqgen.provenance import provenance
 
 
@@ -261,8 +261,8 @@ def attributes(file: h5py.File) -> dict[str, Any]:
         return {}
     remedy = "Remove it (`del file.attrs['eqgen']`) to read the file as anyone's, or make the set anew."
     try:
-        own = json.loads(cast(str, file.attrs["eqgen"]))
-    except (ValueError, TypeError, OSError) as error:
+        own = parse_json(cast(str, file.attrs["eqgen"]))
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         raise DataError(f"the attribute eqgen is not JSON: {error}. {remedy}") from error
     if not isinstance(own, dict) or own.get("format") != 1:
         raise DataError(f"the attribute eqgen is not of format 1. {remedy}")

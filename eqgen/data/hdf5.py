@@ -1,9 +1,16 @@
 """HDF5 from strangers: arrays are read only if they are what they seem.
 
 A file can point to other files (external links and storage, virtual datasets) and claim sizes that it does not
-hold. Such datasets are refused by name. Nothing in a file is ever unpickled or evaluated.
+hold. Such datasets are refused by name. Nothing in a file is ever unpickled or evaluated. Files in which HDF5
+itself crashes or runs for ever are found out by a process that looks at them first.
 """
 
+import math
+import os
+import select
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +22,105 @@ import numpy as np
 from eqgen.data.episodes import DataError
 
 
+_PROBE = """
+import sys
+import h5py
+
+def look(item, seen):
+    address = h5py.h5o.get_info(item.id).addr
+    if address in seen:
+        return
+    seen.add(address)
+    print(".", end="", flush=True)
+    item.attrs.get("eqgen")
+    if isinstance(item, h5py.Dataset):
+        item.id.get_storage_size()
+        if item.shape and not (item.external or item.is_virtual):
+            item[:1] if item.nbytes < 2**20 else None
+        return
+    for name in item:
+        if isinstance(item.get(name, getlink=True), h5py.HardLink):
+            attempt(look, item[name], seen)
+
+def attempt(function, *arguments):
+    try:
+        return function(*arguments)
+    except Exception:  # which the reader itself will meet, and name
+        return None
+
+for line in sys.stdin:
+    file = attempt(h5py.File, line[:-1], "r")
+    if file is not None:
+        attempt(look, file, set())
+        attempt(file.close)
+    print(flush=True)
+"""
+PATIENCE = 20.0
+"""Seconds in which one more of a file's groups and arrays must have been looked at."""
+
+
+class _Prober:
+    """Looks at files before they are opened here, in a process of its own, which stays for the next one.
+
+    In a damaged file HDF5 may go in circles, or crash; inside its C code nothing here could end that.
+    """
+
+    def __init__(self):
+        self._lock, self._process = threading.Lock(), None
+
+    def look(self, path: Path) -> str | None:
+        """What is wrong, if the file cannot be looked at."""
+        if "\n" in (name := os.fspath(path.absolute())):
+            return "its name has more than one line"
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _PROBE],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # not interrupted with this process
+                )
+            process = self._process
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(os.fsencode(name + "\n"))
+                process.stdin.flush()
+                # A point for each group and array, and a new line at the end. The first waits for the interpreter.
+                while select.select([process.stdout], [], [], PATIENCE)[0]:
+                    if not (seen := os.read(process.stdout.fileno(), 2**16)):
+                        wrong = "HDF5 crashes in it"
+                        break
+                    if seen.endswith(b"\n"):
+                        return None
+                else:
+                    wrong = f"HDF5 does not come to an end in it within {PATIENCE:g} seconds"
+            except OSError:
+                wrong = "HDF5 crashes in it"
+            process.kill()
+            process.wait()
+            return wrong
+
+
+_prober = _Prober()
+
+
+def _probe(path: Path) -> None:
+    if path.is_file() and (wrong := _prober.look(path)):
+        raise DataError(f"it is damaged: {wrong}. Copy or make it again.")
+
+
+_DAMAGE = (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError)
+"""What h5py and NumPy raise for files that are not what they should be, besides `OSError`."""
+_LARGE = 2**28
+
+
 @contextmanager
 def opened(path: str | Path) -> Iterator[h5py.File]:
     """The file, open for reading; whatever HDF5 objects to in it becomes a `DataError` with the file's name."""
     path = Path(path)
     try:
+        _probe(path)
         if not h5py.is_hdf5(path):
             path.open("rb").close()  # missing, a folder, unreadable: these say so themselves
             raise DataError("it is no HDF5 file. Was it downloaded and unpacked whole?")
@@ -31,7 +132,7 @@ def opened(path: str | Path) -> Iterator[h5py.File]:
         if error.strerror and error.filename:
             raise DataError(f"{path}: {error.strerror}.") from error
         raise DataError(f"{path} is damaged: {error}. Copy or make it again.") from error
-    except (RuntimeError, KeyError, MemoryError) as error:
+    except _DAMAGE as error:
         raise DataError(f"{path} is damaged: {error}. Copy or make it again.") from error
 
 
@@ -42,7 +143,7 @@ def _reading(key: str):
         yield
     except DataError:
         raise
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:
+    except (OSError, *_DAMAGE) as error:
         raise DataError(f"{key} cannot be read: {error}. Copy the file or make it again.") from error
 
 
@@ -109,6 +210,13 @@ def dataset(group: h5py.Group, key: str) -> h5py.Dataset:
         if found.nbytes > 2**20 + 1100 * stored:
             raise DataError(
                 f"{key} claims {found.nbytes} bytes and holds {stored}: the rest was never written. Make it anew."
+            )
+        # What is packed is unpacked a chunk at a time, which may be larger than the array.
+        chunk = math.prod(found.chunks or ()) * found.dtype.itemsize
+        if max(found.nbytes, chunk) > _LARGE + 100 * stored:
+            raise DataError(
+                f"{key} would unpack from {stored} to {max(found.nbytes, chunk)} bytes, which data never do. "
+                "If they are meant, store them unpacked."
             )
     return found
 

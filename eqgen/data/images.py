@@ -4,6 +4,7 @@ All are `ExampleData` of bytes, channels first. Digits and photographs need the 
 archives as published (Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images").
 """
 
+import gzip
 import pickletools
 import reprlib
 import struct
@@ -143,6 +144,9 @@ _LARGEST = 2**27
 """Bytes of one batch. The published ones have 31 million; what is much larger is something else."""
 
 
+_LARGEST_ARCHIVE = 2**29
+
+
 def cifar10(path: str | Path, *, train: bool = True) -> ExampleData:
     """CIFAR-10, 3 x 32 x 32: 50000 images to train on, or the 10000 of the test batch.
 
@@ -157,7 +161,17 @@ def cifar10(path: str | Path, *, train: bool = True) -> ExampleData:
     wanted = {f"{name}{suffix}" for name in names for suffix in ("", ".bin")}
     try:
         contents = _folder_contents(path, wanted) if path.is_dir() else _archive_contents(path, wanted)
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+    except DataError:
+        raise
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        tarfile.TarError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+    ) as error:
         why = (
             getattr(error, "strerror", None)
             or f"no archive that can be read: {str(error).partition(chr(10))[0]}"
@@ -192,7 +206,10 @@ def _folder_contents(path, wanted):
 
 def _archive_contents(path, wanted):
     contents = {}
-    with tarfile.open(path) as archive:
+    with (
+        _opened_archive(path) as whole,
+        tarfile.open(fileobj=cast(Any, _Bounded(path, whole)), mode="r:") as archive,
+    ):
         for member in archive:
             inside = PurePosixPath(member.name)
             if inside.is_absolute() or ".." in inside.parts:
@@ -205,6 +222,37 @@ def _archive_contents(path, wanted):
         while archive.fileobj.read(2**20):
             pass  # up to the checksum, which stands at the end
     return contents
+
+
+def _opened_archive(path):
+    """The archive as it is before it was packed by gzip, if it was."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else open(path, "rb")
+
+
+class _Bounded:
+    """A file of which no more can be read, or skipped, than an archive of CIFAR-10 has."""
+
+    def __init__(self, path, file):
+        self.path, self.file = path, file
+
+    def read(self, size):
+        self._check(self.file.tell() + size)
+        return self.file.read(size)
+
+    def seek(self, position):
+        self._check(position)
+        return self.file.seek(position)
+
+    def tell(self):
+        return self.file.tell()
+
+    def _check(self, position):
+        if not 0 <= position <= _LARGEST_ARCHIVE:
+            raise DataError(
+                f"{self.path} unpacks to more than {_LARGEST_ARCHIVE} bytes; CIFAR-10 has 180 million."
+            )
 
 
 def _check_bytes(name, count):

@@ -7,7 +7,6 @@
 (Minari 0.5, github.com/Farama-Foundation/Minari.) Observations that are dictionaries are laid side by side.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from eqgen.data import hdf5
 from eqgen.data.episodes import DataError, Episodes, from_flat
 from eqgen.data.reference import Scale
+from eqgen.files import is_number, parse_json
 
 
 _FIELDS = ("actions", "rewards", "terminations", "truncations")
@@ -45,7 +45,7 @@ def load(path: str | Path, *, keys: Sequence[str] | None = None) -> Episodes:
 
 def _metadata(path: Path) -> dict[str, Any]:
     try:
-        about = json.loads(path.read_text())
+        about = parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}. Is this the folder of a Minari dataset?") from error
     except ValueError as error:  # also bytes that are no text
@@ -58,7 +58,7 @@ def _metadata(path: Path) -> dict[str, Any]:
             "the set with Minari."
         )
     for key in ("total_episodes", "total_steps"):
-        if type(about.get(key)) is not int or about[key] < 1:
+        if type(about.get(key)) is not int or not 1 <= about[key] < 2**63:
             raise DataError(f"{path}: {key} is {about.get(key)!r}; a positive number is needed.")
     return about
 
@@ -134,7 +134,7 @@ def _check_episode(number, observations, episode):
 
 def _scale(about) -> Scale | None:
     low, high = about.get("ref_min_score"), about.get("ref_max_score")
-    if not all(isinstance(x, int | float) for x in (low, high)) or not low < high:
+    if not (is_number(low) and is_number(high) and low < high):
         return None
     return Scale(str(about.get("dataset_id")), float(low), float(high), "D4RL", "the set's metadata.json")
 
@@ -153,6 +153,8 @@ def _side_by_side(found: dict[str, np.ndarray], keys, number) -> np.ndarray:
 
 
 def _flat(array):
+    if array.size == 0:
+        raise DataError(f"an array of shape {array.shape} holds nothing. Drop the episode.")
     return array.reshape(len(array), -1)
 
 
@@ -161,7 +163,7 @@ def _flat(array):
 
 def _hdf5_episodes(file: h5py.File, count: int, keys) -> Iterator[dict[str, np.ndarray]]:
     present = sorted(int(key[8:]) for key in hdf5.names(file) if re.fullmatch(r"episode_\d{1,9}", key))
-    if present != list(range(count)):
+    if len(present) != count or present != list(range(count)):
         raise DataError(
             f"it has {len(present)} episodes and metadata.json says {count}. Copy the dataset again."
         )
@@ -189,6 +191,10 @@ def _hdf5_episodes(file: h5py.File, count: int, keys) -> Iterator[dict[str, np.n
 
 # --- Arrow ---
 
+# What pyarrow and NumPy raise for files that are not what they should be; its own errors are kinds of these.
+_DAMAGE = (OSError, RuntimeError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError)
+_DAMAGE += (NotImplementedError,)
+
 
 def _arrow_episodes(folder: Path, count: int, keys) -> Iterator[dict[str, np.ndarray]]:
     try:
@@ -214,8 +220,12 @@ def _arrow_episodes(folder: Path, count: int, keys) -> Iterator[dict[str, np.nda
                 columns: dict[str, Any] = {
                     key: _column(table.column(key)) for key in ("observations", *_FIELDS)
                 }
-        except (pyarrow.ArrowException, OSError, KeyError) as error:
-            raise DataError(f"{files[0]} is damaged: {error}") from error
+        except DataError as error:
+            raise DataError(f"{files[0]}: {error}") from error
+        except _DAMAGE as error:
+            raise DataError(f"{files[0]} is damaged: {error}. Copy the dataset again.") from error
+        if nested := [key for key in _FIELDS if isinstance(columns[key], dict)]:
+            raise DataError(f"{files[0]}: {nested[0]} is a column of structures, not of numbers.")
         if isinstance(columns["observations"], dict):
             columns["observations"] = _side_by_side(columns["observations"], keys, number)
         # The last row holds the last observation; the rest of it is filling.

@@ -4,11 +4,14 @@ A row with terminals = 1 holds the last state of an episode, and an action that 
 and becomes the final observation (Park et al., 2024, "OGBench: Benchmarking Offline Goal-Conditioned RL").
 """
 
+import lzma
+import math
 import struct
 import tokenize
 import zipfile
 import zlib
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -16,7 +19,8 @@ from eqgen.data.episodes import DataError, Episodes, from_flat
 
 
 _DAMAGE = (
-    *(ValueError, EOFError, SyntaxError, KeyError, MemoryError, NotImplementedError, RuntimeError),
+    *(ValueError, EOFError, SyntaxError, LookupError, MemoryError, NotImplementedError, RuntimeError),
+    *(TypeError, ArithmeticError, AttributeError, UnicodeError, lzma.LZMAError),
     *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
 )
 """What NumPy and zipfile raise for files that are not what they should be."""
@@ -46,8 +50,13 @@ def load(
                 f"terminals has {len(last)} rows and observations has {len(arrays['observations'])}. "
                 "Was the file cut?"
             )
-        if arrays["actions"].shape[:1] != last.shape:
-            raise DataError(f"actions has shape {arrays['actions'].shape} for {len(last)} observations.")
+        for key in arrays:
+            if arrays[key].shape[:1] != arrays["observations"].shape[:1]:
+                raise DataError(f"{key} has shape {arrays[key].shape} for {len(last)} observations.")
+        if goal is not None and (arrays["qpos"].ndim != 2 or arrays["qpos"].shape[1] < 2):
+            raise DataError(
+                f"qpos has shape {arrays['qpos'].shape}; it must begin with a position in the plane."
+            )
         final = arrays["observations"][last]
         kept = {key: arrays.pop(key)[~last] for key in list(arrays) if key != "terminals"}
         ends = np.cumsum(~last)[last]  # rows kept up to each last state
@@ -84,6 +93,25 @@ def _last_states(terminals):
     return last
 
 
+def _check_member(archive: zipfile.ZipFile, name: str) -> None:
+    """Before an array is read: that its header promises what is there, and that it is no bomb."""
+    info = archive.getinfo(name)
+    if info.file_size > 2**28 + 100 * info.compress_size:
+        raise DataError(
+            f"{name} would unpack from {info.compress_size} to {info.file_size} bytes, which data never do. If "
+            "they are meant, store them unpacked."
+        )
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(member)
+        promised, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
+        if not dtype.hasobject and promised != held:
+            raise DataError(f"{name} claims {promised} bytes and holds {held}. Copy it again.")
+
+
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Some arrays of an npz file as float32; nothing is unpickled."""
     try:
@@ -95,6 +123,7 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
             for key in keys:
                 if key not in file:
                     raise DataError(f"there is no {key}. It has: {', '.join(file.files) or 'nothing'}.")
+                _check_member(cast(zipfile.ZipFile, file.zip), f"{key}.npy")
                 array = file[key]
                 if array.dtype.kind not in "fiub" or array.ndim == 0:
                     raise DataError(f"{key} holds {array.dtype} of shape {array.shape}, not rows of numbers.")

@@ -19,6 +19,10 @@ from eqgen.tree import somewhere
 from eqgen.types import TimeStep, Transition
 
 
+class EnvironmentFailedError(RuntimeError):
+    """An environment raised an exception; the message says which one, where and what."""
+
+
 class AbstractEnv(eqx.Module):
     """A continuous-control task in pure JAX: vmappable over states, jittable, without side effects."""
 

@@ -35,6 +35,7 @@ from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.utils import seeding
 from jaxtyping import Float32, Num, UInt8
 
+from eqgen.envs.base import EnvironmentFailedError
 from eqgen.types import TimeStep
 
 
@@ -131,6 +132,8 @@ class HostVectorEnv:
 
         **Returns:** the observations to act on next, and the outcome as a `TimeStep` of NumPy arrays with a
         leading axis n, whose `obs` are the true next observations also where an episode ended.
+
+        **Raises:** `EnvironmentFailedError` when one of them raises something; the vector is of no use any more.
         """
         actions = np.asarray(actions, np.float32).clip(-1, 1)
         scaled = self._middle + self._half_range * actions
@@ -139,8 +142,9 @@ class HostVectorEnv:
         self._actions[np.arange(self.num_envs), self._elapsed] = actions
         self._elapsed += 1
         for i, env in enumerate(self._envs):
-            next_obs[i], reward, terminated, truncated, _ = env.step(scaled[i])
-            rewards.append(reward)
+            with self._blaming(i, f"in step {self._elapsed[i]} of its episode"):
+                next_obs[i], reward, terminated, truncated, _ = env.step(scaled[i])
+                rewards.append(float(reward))
             terminations.append(terminated)
             truncations.append(truncated)
         self._obs = next_obs.copy()
@@ -180,8 +184,9 @@ class HostVectorEnv:
         for i, env in enumerate(self._envs):
             _set_generator(env.unwrapped.np_random, np.asarray(state["rng"][i]))
             obs = self._begin_episode(i)
-            for action in state["actions"][i, : state["elapsed"][i]]:
-                obs = env.step(self._middle + self._half_range * action)[0]
+            with self._blaming(i, "as its episode was retraced"):
+                for action in state["actions"][i, : state["elapsed"][i]]:
+                    obs = env.step(self._middle + self._half_range * action)[0]
             self._actions[i], self._elapsed[i] = state["actions"][i], state["elapsed"][i]
             obs = np.asarray(obs, np.float32)
             if not np.array_equal(obs, self._obs[i], equal_nan=True):
@@ -208,7 +213,18 @@ class HostVectorEnv:
         env = self._envs[i]
         self._rng[i], self._elapsed[i] = _generator_words(env.unwrapped.np_random), 0
         self._actions[i] = 0
-        return np.asarray(env.reset()[0], np.float32)
+        with self._blaming(i, "as it was reset"):
+            return np.asarray(env.reset()[0], np.float32)
+
+    @contextmanager
+    def _blaming(self, i: int, when: str):
+        try:
+            yield
+        except Exception as error:
+            raise EnvironmentFailedError(
+                f"{self.gymnasium_id}: environment {i} (seed {self.seeds[i]}) raised {type(error).__name__} "
+                f"{when}: {error}."
+            ) from error
 
 
 _TIMESTEP = jax.tree.structure(

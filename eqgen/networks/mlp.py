@@ -124,6 +124,10 @@ class MLP(eqx.Module):
         *,
         key: Key[Array, ""],
     ):
+        if isinstance(activation, str) and activation not in ACTIVATIONS:
+            raise ValueError(
+                f"There is no activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}."
+            )
         self.scalar = out_size == "scalar"
         ins = [tuple(in_sizes), *((width,) for width in hidden)]
         outs = [*hidden, 1 if self.scalar else out_size]

@@ -22,6 +22,28 @@
 # | $\mathbb{E}[x_0\mid x_t]$ | `denoise` | posterior mean |
 # | $v(x,t)$ | `velocity` | velocity of the probability-flow ODE |
 # | $u(x,r,t)$ | `mean_velocity` | velocity averaged over $[r,t]$, $r\le t$ |
+#
+# **Needs** nothing.
+
+# %% tags=["setup"]
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+if importlib.util.find_spec("eqgen") is None:  # a machine that has not got it, such as Colab's: install it
+    source, checkout = os.environ.get("EQGEN_SOURCE", ".."), Path("eqgen-checkout")
+    if (Path(source) / "pyproject.toml").exists():
+        checkout = Path(source)
+    elif "EQGEN_SOURCE" not in os.environ:
+        raise ModuleNotFoundError("Set os.environ['EQGEN_SOURCE'] to a checkout of eqgen or its git address.")
+    elif not checkout.exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", source, checkout], check=True)
+    checkout = str(checkout.resolve())
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{checkout}[images]"], check=True)
+    sys.path.insert(0, checkout)  # where a kernel that starts from now on will look by itself
 
 # %% tags=["parameters"]
 seed = 0
@@ -46,6 +68,7 @@ import numpy as np
 import optax
 
 from eqgen import plotting, samplers
+from eqgen.interactive import explore
 from eqgen.meanflow import average_velocity, meanflow_loss, meanflow_target, sample_uniform_interval
 from eqgen.networks.policies import MeanVelocity
 from eqgen.ode import flow_map, probability_flow
@@ -56,7 +79,6 @@ from eqgen.tree import filter_scan, polyak
 
 
 plotting.use_style()
-plt.rcParams["figure.dpi"] = 100  # keeps the file small
 keys = jr.split(jr.key(seed), 8)
 
 # %% [markdown]
@@ -220,6 +242,28 @@ right.set(title="80 paths from noise (dots) to data", aspect="equal")
 plt.show()
 
 # %% [markdown]
+# All paths at one time, over $p_t$, and the field that moves them on. Run, the cell has a slider for $t$: from 1
+# down, noise first gathers, then takes sides, and is sharpened last.
+
+# %%
+moments = [float(t) for t in t_grid[::8]]
+
+
+def at_time(t=moments[9]):
+    fig, (left, right) = plotting.subplots(1, 2, width=plotting.TEXT_WIDTH, aspect=0.75)
+    plane = (-2.6, 2.6, -2.6, 2.6)
+    plotting.density(left, marginal(t).log_density, extent=plane, cmap="Greys")
+    points = path_ode[:, 8 * moments.index(t)]
+    left.scatter(*points.T, s=2, c=np.array(plotting.COLORS)[mode_of(x_ode)], linewidths=0)
+    left.set(title=f"{num_paths} paths at $t={t:.3f}$", xlim=plane[:2], ylim=plane[2:])
+    plotting.vector_field(right, lambda x: -velocity(x, t), extent=plane, resolution=17)
+    right.set(title="$-v$")
+    return fig
+
+
+explore(at_time, t=moments)
+
+# %% [markdown]
 # ## 4. Fixed-step samplers
 #
 # Four ways to take $n$ steps through the same times, equal in the log signal-to-noise ratio. *Path error*
@@ -258,6 +302,31 @@ ax.set(xlabel="steps", ylabel="path error", xticks=step_counts, xticklabels=step
 ax.minorticks_off()
 ax.legend()
 plt.show()
+
+# %% [markdown]
+# Where the same noise ends, coloured by the mode the ODE sends it to, for a number of steps that a slider sets, and
+# the median distance to where the ODE ends. With 8 steps Euler stops short of the modes on the outside, DDIM on the
+# inside; Heun, for twice the evaluations, is nearly there.
+
+
+# %%
+@partial(jax.jit, static_argnums=(0, 1))
+def end_points(method, num_steps):
+    return jax.vmap(lambda x: method(x, t_grid[:: 128 // num_steps])[0])(x_1)
+
+
+def in_steps(steps=8):
+    fig, axes = plotting.subplots(1, 4, width=plotting.TEXT_WIDTH, aspect=1.15, sharey=True)
+    for ax, (name, method) in zip(axes, methods.items()):
+        x = end_points(method, steps)
+        ax.scatter(*x.T, s=1.5, c=np.array(plotting.COLORS)[mode_of(x_ode)], linewidths=0)
+        distance = jnp.median(jnp.linalg.norm(x - x_ode, axis=-1))
+        ax.set(title=f"{name}, {steps} steps\ndistance {distance:.3f}", aspect="equal")
+        ax.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+    return fig
+
+
+explore(in_steps, steps=[int(n) for n in step_counts])
 
 # %% [markdown]
 # ## 5. MeanFlow
@@ -358,7 +427,7 @@ for name, x in {"exact": x_exact, "ODE": x_ode, "one step": x_one_step}.items():
     print(f"{name:>9}   fractions {fractions}   within 3 S of a mode {jnp.mean(near):.3f}")
 print(f"median distance between one step and the ODE: {jnp.median(distance):.3f}")
 
-# %%
+# %% tags=["thumbnail"]
 fig, axes = plotting.subplots(1, 3, width=plotting.TEXT_WIDTH, aspect=1.12, sharex=True, sharey=True)
 samples = {"exact samples": x_exact, "ODE (Diffrax)": x_ode, "MeanFlow, one step": x_one_step}
 for ax, (title, x) in zip(axes, samples.items()):

@@ -30,6 +30,28 @@
 # **Where it comes from.** SOM is Kim, Ki, Ahn and Lee (2026), arXiv 2605.23365. [P] stands in the paper's abstract
 # or introduction; [3P] in a third party's code that cites its equations; [S] in what others wrote about it; [I] is
 # inferred by us; [T] was measured by us. We have not seen the paper's full text, and no code of its authors.
+#
+# **Needs** notebook 01.
+
+# %% tags=["setup"]
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+if importlib.util.find_spec("eqgen") is None:  # a machine that has not got it, such as Colab's: install it
+    source, checkout = os.environ.get("EQGEN_SOURCE", ".."), Path("eqgen-checkout")
+    if (Path(source) / "pyproject.toml").exists():
+        checkout = Path(source)
+    elif "EQGEN_SOURCE" not in os.environ:
+        raise ModuleNotFoundError("Set os.environ['EQGEN_SOURCE'] to a checkout of eqgen or its git address.")
+    elif not checkout.exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", source, checkout], check=True)
+    checkout = str(checkout.resolve())
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{checkout}[images]"], check=True)
+    sys.path.insert(0, checkout)  # where a kernel that starts from now on will look by itself
 
 # %% tags=["parameters"]
 seed = 0
@@ -59,6 +81,7 @@ import numpy as np
 from eqgen import plotting, samplers
 from eqgen.algorithms.som import SOM
 from eqgen.envs.catalog import make
+from eqgen.interactive import explore
 from eqgen.meanflow import average_velocity, meanflow_target
 from eqgen.networks.policies import MeanVelocity
 from eqgen.ode import flow_map, probability_flow
@@ -75,6 +98,7 @@ from eqgen.tree import filter_scan, polyak
 
 plotting.use_style()
 colors = np.array(plotting.COLORS)
+coarse = dict(dpi=110)  # of the busiest figures, instead of 150: keeps the file small
 keys = jr.split(jr.key(seed), 12)
 
 # %% [markdown]
@@ -109,6 +133,22 @@ def draw_target(ax):
     ax.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1])
     ax.grid(False)
 
+
+# %% [markdown]
+# The same at any $\alpha$ of a slider:
+
+
+# %%
+def at_temperature(alpha=1.0):
+    fig, (left, right) = plotting.subplots(1, 2, width=0.55 * plotting.TEXT_WIDTH, aspect=0.9)
+    plotting.density(left, lambda a: alpha * bandit.log_density(a))
+    left.set(title=rf"$\exp(\alpha Q)$, $\alpha={alpha:g}$", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+    right.bar(range(4), jnp.bincount(modes, jax.nn.softmax(alpha * values), length=4), color=colors[:4])
+    right.set(title="share of each mode", xticks=range(4), ylim=(0, 1))
+    return fig
+
+
+explore(at_temperature, alpha=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0))
 
 # %% [markdown]
 # From here on $\alpha=1$ and Q is not normalised, so that the truth is the mixture. Everything else of SOM is in
@@ -311,7 +351,7 @@ fields = {
     "rescaled": partial(estimated_velocity, rescaling, gradient_score, key=keys[3]),
 }
 titles = ("exact score", "truncated form, raw", "gradient form, $w=25$")
-fig, axes = plotting.subplots(2, 3, width=plotting.TEXT_WIDTH, aspect=0.8)
+fig, axes = plotting.subplots(2, 3, width=plotting.TEXT_WIDTH, aspect=0.8, **coarse)
 for row, t in zip(axes, (0.05, 0.25)):
     for ax, field in zip(row, fields.values()):
         towards_actions = lambda a, field=field, t=t: -field(a, t)
@@ -550,8 +590,8 @@ plt.show()
 # What is wrong is the network's derivative in $t$, and the regression seems to average that over intervals and
 # updates [I].
 
-# %%
-fig, axes = plotting.subplots(2, 3, width=0.8 * plotting.TEXT_WIDTH, aspect=1.05)
+# %% tags=["thumbnail"]
+fig, axes = plotting.subplots(2, 3, width=0.8 * plotting.TEXT_WIDTH, aspect=1.05, **coarse)
 shown = {
     "Diffrax, exact score": ends,
     "one step, identity": samples["identity"],

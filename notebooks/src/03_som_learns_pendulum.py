@@ -28,6 +28,28 @@
 # full text. The estimator (truncated, raw: the *safe* profile), how Q is normalised, what is done with $N$
 # candidates and the exploration noise are inferred [I], partly from earlier code of the same authors [L]. So this
 # is how *eqgen's* SOM learns; it repeats no experiment of the paper.
+#
+# **Needs** notebook 02.
+
+# %% tags=["setup"]
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+if importlib.util.find_spec("eqgen") is None:  # a machine that has not got it, such as Colab's: install it
+    source, checkout = os.environ.get("EQGEN_SOURCE", ".."), Path("eqgen-checkout")
+    if (Path(source) / "pyproject.toml").exists():
+        checkout = Path(source)
+    elif "EQGEN_SOURCE" not in os.environ:
+        raise ModuleNotFoundError("Set os.environ['EQGEN_SOURCE'] to a checkout of eqgen or its git address.")
+    elif not checkout.exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", source, checkout], check=True)
+    checkout = str(checkout.resolve())
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{checkout}[images]"], check=True)
+    sys.path.insert(0, checkout)  # where a kernel that starts from now on will look by itself
 
 # %% tags=["parameters"]
 seeds = (0, 1, 2)
@@ -165,7 +187,7 @@ for key, value in last.items():
 # entropy.)
 
 
-# %%
+# %% tags=["thumbnail"]
 def curve(name, quantity):
     """The environment steps, and the quantity as an array (seeds, steps)."""
     chosen = [record for record in records[name] if quantity in record]

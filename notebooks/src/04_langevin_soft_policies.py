@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Soft policies by Langevin dynamics
 #
-# A critic already defines a policy, $\exp(wQ)$, and its gradient is the policy's score. LQL and NC-LQL act by
-# following that score with noise, and train no actor at all. Whether the chains find all of the policy is another
+# A critic already defines a policy, $\exp(wQ)$, and its gradient is the policy's score: LQL and NC-LQL act by
+# following it with noise, and train no actor at all. Whether the chains find all of the policy is another
 # question. Here the critic is first exact, then learned:
 #
 # 1. the soft policy, and the dynamics that draw from it;
@@ -25,6 +25,28 @@
 # **Where it comes from.** Both algorithms are of Ki, Ahn, Kim and Lee (2026), arXiv 2602.07873. [P] stands in the
 # paper's abstract or in digests of it; [C] in the code released with it; [I] is inferred by us; [T] was measured
 # by us. We have not seen the paper's full text. LQL is not in the released code: its settings are [I].
+#
+# **Needs** notebook 01; for section 5 also notebook 03.
+
+# %% tags=["setup"]
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+if importlib.util.find_spec("eqgen") is None:  # a machine that has not got it, such as Colab's: install it
+    source, checkout = os.environ.get("EQGEN_SOURCE", ".."), Path("eqgen-checkout")
+    if (Path(source) / "pyproject.toml").exists():
+        checkout = Path(source)
+    elif "EQGEN_SOURCE" not in os.environ:
+        raise ModuleNotFoundError("Set os.environ['EQGEN_SOURCE'] to a checkout of eqgen or its git address.")
+    elif not checkout.exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", source, checkout], check=True)
+    checkout = str(checkout.resolve())
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{checkout}[images]"], check=True)
+    sys.path.insert(0, checkout)  # where a kernel that starts from now on will look by itself
 
 # %% tags=["parameters"]
 seed = 0
@@ -62,6 +84,7 @@ from eqgen.algorithms.som import SOM
 from eqgen.envs.base import example_transition
 from eqgen.envs.catalog import make
 from eqgen.evaluation import rollout_returns
+from eqgen.interactive import explore
 from eqgen.samplers import annealed_langevin, annealed_step_sizes, geometric_levels, langevin
 from eqgen.scores import GaussianMixture
 from eqgen.training import OnlineSettings, seed_slice, train_online
@@ -185,7 +208,7 @@ for name, path in paths.items():
         f"{name:18}  steps {len(path) - 1:4}   within 3 S {within:.3f}   entropy {entropy:.3f}   {shares.round(2)}"
     )
 
-# %%
+# %% tags=["thumbnail"]
 shown = (0, 3, 5, 7, 9)
 fig, axes = plotting.subplots(1, 5, width=plotting.TEXT_WIDTH, aspect=1.15, sharey=True)
 for ax, level in zip(axes, shown):
@@ -356,6 +379,35 @@ for ax, level in zip(axes[0], drawn):
     ax.plot(*tracks[:, 4 * level + 4].T, "o", color=colors[1], markersize=2.5, markeredgewidth=0)
     ax.plot(*weakest, "k+", markersize=5)
 plt.show()
+
+# %% [markdown]
+# Level and temperature under sliders. The middle is what the regression is after, the right what annealing asks
+# for, $\tfrac1w\log$ of $e^{wQ}$ smoothed, both over the actions of the box. At small $w$ they are one, an average;
+# the larger $w$, the more the best of the neighbourhood counts.
+
+
+# %%
+def at_level(level=3, w=1.0):
+    sigma = float(agent.sigmas[level])
+    near = np.exp(-((np.array(line)[:, None] - np.array(line)) ** 2) / (2 * sigma**2))
+    near /= near.sum(axis=1, keepdims=True)
+    q = np.array(values, np.float64)
+    planes = {
+        "learned": surfaces["learned"][level],
+        "posterior mean": near @ q @ near.T,
+        f"smoothed $\\exp(wQ)$, $w={w:g}$": np.log(near @ np.exp(w * (q - q.max())) @ near.T) / w,
+    }
+    fig, axes = plotting.subplots(1, 3, width=0.8 * plotting.TEXT_WIDTH, aspect=1.15, sharey=True)
+    for ax, (name, plane) in zip(axes, planes.items()):
+        ax.contourf(line, line, plane, levels=24, cmap="cividis")
+        ax.set(title=name, aspect="equal", **ticks)
+        ax.grid(False)
+    axes[0].set_ylabel(f"$l={level}$, $\\sigma={sigma:.2f}$")
+    return fig
+
+
+explore(at_level, level=range(len(agent.sigmas) - 1), w=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
+
 # %% [markdown]
 # The learned levels are what the regression says, best where they are sharp. For small $\sigma$ all three are
 # one. Coarse ones differ: in an average the deep valleys of $Q$ count for more than its peaks, and beyond the
@@ -548,7 +600,8 @@ for name, values in returns.items():
 # evaluations a policy may lose some of its episodes, here the Boltzmann mode most, which is at -150 in passing
 # and at -520 in the end. Two seeds rank nothing. But where Q has one action and one or two slopes, annealing
 # has nothing to find that plain Langevin does not, and LQL learns as the reference does. What the chains cost
-# is plain: 20 gradients of the critics an action, two to five times the CPU time of SAC for as many updates.
+# is plain: 20 gradients of the critics an action, one and a half to four times the CPU time of SAC for as many
+# updates.
 #
 # What the critics and the policies look like in three situations: above, $Q(s,a,l)$ of the Boltzmann agent at
 # four levels, each less its maximum; below, 4000 actions of each policy, and the soft policy that the Boltzmann

@@ -22,6 +22,28 @@
 #
 # **Where it comes from.** The MuJoCo tasks are Gymnasium's, from its XML files; what differs between its versions 4
 # and 5 stands at the head of `eqgen/envs/mjx/tasks.py`. Maze2D is D4RL's (Fu et al., 2020, arXiv 2004.07219).
+#
+# **Needs** nothing.
+
+# %% tags=["setup"]
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+if importlib.util.find_spec("eqgen") is None:  # a machine that has not got it, such as Colab's: install it
+    source, checkout = os.environ.get("EQGEN_SOURCE", ".."), Path("eqgen-checkout")
+    if (Path(source) / "pyproject.toml").exists():
+        checkout = Path(source)
+    elif "EQGEN_SOURCE" not in os.environ:
+        raise ModuleNotFoundError("Set os.environ['EQGEN_SOURCE'] to a checkout of eqgen or its git address.")
+    elif not checkout.exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", source, checkout], check=True)
+    checkout = str(checkout.resolve())
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{checkout}[images]"], check=True)
+    sys.path.insert(0, checkout)  # where a kernel that starts from now on will look by itself
 
 # %% tags=["parameters"]
 seed = 0
@@ -289,7 +311,7 @@ yours = Maze2D("""
 mazes = [make(f"maze2d/{size}") for size in ("umaze", "medium", "large")] + [yours]
 ways = [controlled(env, maze_episodes, keys[4]) for env in mazes]
 
-# %%
+# %% tags=["thumbnail"]
 fig, axes = plt.subplots(
     1, 4, figsize=(plotting.TEXT_WIDTH, 1.7), width_ratios=[len(m.layout[0]) for m in mazes]
 )

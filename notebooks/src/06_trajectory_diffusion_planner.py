@@ -30,6 +30,28 @@
 # arXiv 2505.10881 [C]. Ours [I] are the data, which the library makes, the small networks and few updates, $H=16$,
 # inverse dynamics that is told only where to go (`target_state="xy"`), and a new plan every five steps rather than
 # at every one. One seed: nothing here repeats a number of the papers.
+#
+# **Needs** notebooks 01 and 05.
+
+# %% tags=["setup"]
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+if importlib.util.find_spec("eqgen") is None:  # a machine that has not got it, such as Colab's: install it
+    source, checkout = os.environ.get("EQGEN_SOURCE", ".."), Path("eqgen-checkout")
+    if (Path(source) / "pyproject.toml").exists():
+        checkout = Path(source)
+    elif "EQGEN_SOURCE" not in os.environ:
+        raise ModuleNotFoundError("Set os.environ['EQGEN_SOURCE'] to a checkout of eqgen or its git address.")
+    elif not checkout.exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", source, checkout], check=True)
+    checkout = str(checkout.resolve())
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{checkout}[images]"], check=True)
+    sys.path.insert(0, checkout)  # where a kernel that starts from now on will look by itself
 
 # %% tags=["parameters"]
 seed = 0
@@ -255,7 +277,7 @@ print(f"largest difference to `decode`: {jnp.abs(ways[0, -1] - decoded).max():.1
 clamped = bool(jnp.all(ways[:, :, 0] == obs))
 print("row 0 is the present state, to the bit, at every time:", clamped)
 
-# %%
+# %% tags=["thumbnail"]
 values = np.array(jax.jit(jax.vmap(lambda tau: planner.value(state, tau)))(ways[:, -1]))
 ways = np.array(normalizer.inverse(ways))[..., :2]  # positions, in the units of the maze
 plans = ways[:, -1]

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Which timesteps to train a diffusion model at
 #
-# A diffusion model is trained at times drawn at random, as a rule uniformly. Kim et al. (2025) learn the law of
-# the times while the model is being trained: a policy is rewarded by how much a step of the optimiser lowered the
-# variational bound. Here on images of 8 x 8 pixels, with a network that a CPU trains in seconds:
+# The times at which a diffusion model is trained are drawn at random, as a rule uniformly; here their law is
+# learned beside the model. After Kim et al. (2025), a policy is rewarded by how much a step of the optimiser
+# lowered the variational bound. All of it on images of 8 x 8 pixels, with a network that a CPU trains in seconds:
 #
 # 1. the model and its bound;
 # 2. not all times are equally hard: the gradient's variance over $t$;
@@ -32,6 +32,28 @@
 # [I] is inferred by us; [T] was measured by us. The numbers in the paper's tables are not known to us. It has
 # images of 32 x 32 pixels and more, U-Nets and transformers, and hundreds of thousands of updates: its claims can
 # be looked at here, not repeated.
+#
+# **Needs** the extra `images`; for section 7 notebook 06.
+
+# %% tags=["setup"]
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+if importlib.util.find_spec("eqgen") is None:  # a machine that has not got it, such as Colab's: install it
+    source, checkout = os.environ.get("EQGEN_SOURCE", ".."), Path("eqgen-checkout")
+    if (Path(source) / "pyproject.toml").exists():
+        checkout = Path(source)
+    elif "EQGEN_SOURCE" not in os.environ:
+        raise ModuleNotFoundError("Set os.environ['EQGEN_SOURCE'] to a checkout of eqgen or its git address.")
+    elif not checkout.exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", source, checkout], check=True)
+    checkout = str(checkout.resolve())
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{checkout}[images]"], check=True)
+    sys.path.insert(0, checkout)  # where a kernel that starts from now on will look by itself
 
 # %% tags=["parameters"]
 seeds = (0, 1)
@@ -511,7 +533,7 @@ for name in runs:
     when = "  ".join("  --" if n is None else f"{n:.0f}" for n in reached[name])
     print(f"{name:>10}   {at_end}   {when:>26}   {1000 * stretch(name):19.2f}")
 
-# %%
+# %% tags=["thumbnail"]
 fig, axes = plotting.subplots(2, 2, width=plotting.TEXT_WIDTH, aspect=0.55)
 looks = dict(zip(runs, ("-", "-", "--", "-.", ":")))
 shown = updates[1:]

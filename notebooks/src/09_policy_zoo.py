@@ -13,6 +13,28 @@
 #
 # **Where it comes from.** Each file in `eqgen/algorithms` names its paper, the public code it was compared with,
 # and what it does differently. What is said of results below was measured in this notebook, with one seed.
+#
+# **Needs** notebooks 02 and 04.
+
+# %% tags=["setup"]
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+if importlib.util.find_spec("eqgen") is None:  # a machine that has not got it, such as Colab's: install it
+    source, checkout = os.environ.get("EQGEN_SOURCE", ".."), Path("eqgen-checkout")
+    if (Path(source) / "pyproject.toml").exists():
+        checkout = Path(source)
+    elif "EQGEN_SOURCE" not in os.environ:
+        raise ModuleNotFoundError("Set os.environ['EQGEN_SOURCE'] to a checkout of eqgen or its git address.")
+    elif not checkout.exists():
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", source, checkout], check=True)
+    checkout = str(checkout.resolve())
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{checkout}[images]"], check=True)
+    sys.path.insert(0, checkout)  # where a kernel that starts from now on will look by itself
 
 # %% tags=["parameters"]
 seed = 0
@@ -202,7 +224,7 @@ with ThreadPoolExecutor(2) as pool:  # while one is compiled, another learns
 #
 # The soft policy in blue; in each panel six hundred actions of one method.
 
-# %%
+# %% tags=["thumbnail"]
 fig, axes = plotting.subplots(4, 5, width=plotting.TEXT_WIDTH, aspect=1.12, sharex=True, sharey=True)
 panels = axes.ravel()
 exact = np.array(bandit.sample_optimal(num_actions, key=jr.key(seed + 3)))
