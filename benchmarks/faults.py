@@ -5,10 +5,11 @@
                                                 (also: interrupts, files)
 
 **Kills.** Each kind of run in `KINDS` is started by the command that a user would give, with checkpoints every few
-updates, and its process gets SIGKILL: at a random moment, or while a file is being written, which is seen by its
-temporary name. It is gone on with by the command that a user would give, and killed again, some times; at last it
-may end. Then its log (but for wall times) and every array of its last checkpoint must be those of a run that was
-never killed, to the last bit. What is not so is *lost*. Workers of a sweep are killed with it, or left behind.
+updates, and its process gets SIGKILL: at a random moment of its start or of training, or while a file is being
+written, which is seen by its temporary name. It is gone on with by the command that a user would give, and killed
+again, some times; at last it may end. Then its log (but for wall times) and every array of its last checkpoint must
+be those of a run that was never killed, to the last bit. What is not so is *lost*. Workers of a sweep are killed
+with it, or left behind.
 
 **Interrupts.** The same with SIGINT and SIGTERM; the exit codes are counted.
 
@@ -40,6 +41,7 @@ KILLS = 10
 INTERRUPTS = 4
 FILES = 700
 """Of each reader."""
+MOMENTS = ("starting", "training", "training", "writing", "writing")
 PATIENCE = 600
 """Seconds after which a process counts as hung."""
 
@@ -216,24 +218,26 @@ class Life:
         self.stderr.close()
         return code
 
-    def hit(self, number: signal.Signals, *, writing: bool) -> dict[str, Any]:
-        """Starts or goes on, and sends a signal: at a random moment, or while a file is written.
+    def hit(self, number: signal.Signals, moment: str) -> dict[str, Any]:
+        """Starts or goes on, and sends a signal, at a random moment of starting, of training, or while a file is
+        written.
 
         **Returns:** whether it came in time, whether a file was half written then, and the exit code.
         """
-        before, process = half_written(self.out), self.start()
-        if writing:
-            left, seen = self.rng.randrange(1, 24), set()
-            while process.poll() is None and left > 0:
-                fresh = self._being_written() - before - seen
-                seen |= fresh
-                left -= len(fresh)
-                if not fresh:
-                    time.sleep(2e-4)
-        else:
-            end = time.monotonic() + self.rng.uniform(0.02, 0.8) * self.seconds
-            while process.poll() is None and time.monotonic() < end:
-                time.sleep(1e-3)
+        before, logged = half_written(self.out), self._logged()
+        process, left, seen = self.start(), self.rng.randrange(1, 16), set()
+        late = time.monotonic() + self.rng.uniform(0.01, 0.3) * self.seconds
+        while process.poll() is None:
+            if moment == "writing":
+                seen |= self._being_written() - before
+                if len(seen) >= left:
+                    break
+            elif moment == "training" and self._logged() >= logged + left:
+                time.sleep(self.rng.uniform(0.0, 0.2))
+                break
+            elif moment == "starting" and time.monotonic() > late:
+                break
+            time.sleep(2e-4 if moment == "writing" else 2e-3)
         in_time = process.poll() is None
         if in_time and number == signal.SIGKILL:
             self._kill(process)
@@ -249,6 +253,11 @@ class Life:
             "half_written": len(half_written(self.out) - before),
             "begun": (self.out / "settings.json").exists(),
         }
+
+    def _logged(self):
+        """Lines in all logs."""
+        logs = self.out / "metrics.jsonl", *self.out.glob("runs/*/metrics.jsonl")
+        return sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
 
     def _being_written(self):
         """As `half_written`, but quick: of runs' own folders and their checkpoints."""
@@ -313,8 +322,8 @@ def campaign(
     while found["signals"] < count:
         number += 1
         life = Life(kind, shared / f"life{number}", shared, rng, seconds)
-        for _ in range(rng.randrange(4, 8)):
-            hit = life.hit(chosen := rng.choice(numbers), writing=rng.random() < 0.5)
+        for _ in range(rng.randrange(4, 7)):
+            hit = life.hit(chosen := rng.choice(numbers), rng.choice(MOMENTS))
             if not hit["in_time"]:
                 break
             found["signals"] += 1
