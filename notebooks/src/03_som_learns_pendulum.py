@@ -210,7 +210,7 @@ fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=
 plt.show()
 
 # %% [markdown]
-# Both are above -200 for the first time after 3500 to 5000 steps, and both fall back now and then: for a few
+# Both are above -200 for the first time after 3500 to 5500 steps, and both fall back now and then: for a few
 # evaluations one seed loses hundreds. (In the relapses that we looked at, under other settings, the pendulum passes
 # the top at full speed, round and round [T].) The critics of the two agree on what replayed actions are worth.
 
@@ -384,7 +384,7 @@ for name in agents:
 # %% [markdown]
 # By the last evaluation SOM's seeds are at about -160 on average. SAC's would be there as well, were not one of
 # them in a relapse. With three seeds, and relapses that come and go, this is no ranking: on this task SOM learns
-# about as fast as SAC per environment step, and takes about three times the CPU time, for $K$ proposals of every
+# about as fast as SAC per environment step, and takes two to three times the CPU time, for $K$ proposals of every
 # replayed action and $N$ candidates of every next one.
 #
 # ## 7. A checkpoint
