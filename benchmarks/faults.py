@@ -3,6 +3,7 @@
     python benchmarks/faults.py                 all of it, writes benchmarks/results/faults.json (an hour)
     python benchmarks/faults.py kills           that part alone; the others are kept as they were
                                                 (also: interrupts, files)
+    python benchmarks/faults.py kills sweep     one kind of run, or one reader, alone
 
 **Kills.** Each kind of run in `KINDS` is started by the command that a user would give, with checkpoints every few
 updates, and its process gets SIGKILL: at a random moment of its start or of training, or while a file is being
@@ -350,49 +351,43 @@ def campaign(
 # --- The parts ---
 
 
-def _signals(numbers, count):
-    kinds: dict[str, Any] = {}
-    for name in KINDS:
+def kills(names):
+    return _signals([signal.SIGKILL], KILLS, names)
+
+
+def interrupts(names):
+    return _signals([signal.SIGINT, signal.SIGTERM], INTERRUPTS, names)
+
+
+def _signals(numbers, count, names):
+    for name in names or KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            kinds[name] = campaign(name, numbers, count, Path(folder))
-        counted = [key for key, value in kinds[name].items() if type(value) is int]
-        yield {"total": {key: sum(kind[key] for kind in kinds.values()) for key in counted}, "kinds": kinds}
+            yield name, campaign(name, numbers, count, Path(folder))
 
 
-def kills():
-    return _signals([signal.SIGKILL], KILLS)
-
-
-def interrupts():
-    return _signals([signal.SIGINT, signal.SIGTERM], INTERRUPTS)
-
-
-def files():
-    readers: dict[str, Any] = {}
-    for name in READERS:
+def files(names):
+    for name in names or READERS:
         with tempfile.TemporaryDirectory() as folder:
             begun = time.monotonic()
-            readers[name] = fuzz(name, FILES, Path(folder)) | {"seconds": round(time.monotonic() - begun)}
-        print(
-            f"{name}: { {key: value for key, value in readers[name].items() if key != 'errors'} }", flush=True
-        )
-        total = {
-            key: sum(reader[key] for reader in readers.values()) for key in ("files", "accepted", "refused")
-        }
-        total["defects"] = sum(len(reader["defects"]) for reader in readers.values())
-        yield {"total": total, "readers": readers}
+            found = fuzz(name, FILES, Path(folder))
+        print(f"{name}: {found}", flush=True)
+        counted = {"defects": len(found["defects"]), "found": found["defects"]}
+        yield name, found | counted | {"seconds": round(time.monotonic() - begun, 1)}
 
 
 PARTS = {"kills": kills, "interrupts": interrupts, "files": files}
 
 
 def main():
-    path = RESULTS / "faults.json"
-    for name in sys.argv[1:] or PARTS:
+    path, names = RESULTS / "faults.json", sys.argv[2:]
+    for part in sys.argv[1:2] or PARTS:
         made = provenance()
-        for so_far in PARTS[name]():  # kept as it comes: the whole takes long
+        for name, found in PARTS[part](names):  # kept as it comes: the whole takes long
             results = json.loads(path.read_text()) if path.exists() else {}
-            write("faults", results | {name: {"provenance": made} | so_far})
+            kinds = results.get(part, {}).get("kinds", {}) | {name: found | {"commit": made["commit"]}}
+            counts = [key for key, value in found.items() if type(value) is int and key != "ways"]
+            total = {key: sum(kind[key] for kind in kinds.values()) for key in counts}
+            write("faults", results | {part: {"provenance": made, "total": total, "kinds": kinds}})
 
 
 if __name__ == "__main__":
