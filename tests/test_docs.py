@@ -194,12 +194,12 @@ def test_commands_train_the_examples(name, examples, capsys):
         assert run.settings["agent"]["fields"]["num_rounds"] == 3
 
 
-def test_environment_keeps_the_contract(examples, monkeypatch, getkey):
-    from eqgen.envs.cart import Cart
+def test_environment_has_a_name_and_keeps_the_contract(examples, getkey):
+    from eqgen.envs import catalog
 
+    assert "cart/default" in catalog.available()
     contract = importlib.import_module("test_envs")
-    monkeypatch.setattr(contract, "make", {"cart": Cart()}.get)
-    contract.test_environment_keeps_its_contract("cart", getkey)
+    contract.test_environment_keeps_its_contract("cart/default", getkey)
 
 
 def test_samplers_keep_the_laws(examples, x64):

@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import chisquare
 
 from eqgen.envs.base import AbstractEnv, example_transition, step_autoreset
-from eqgen.envs.catalog import GYMNAX_IDS, MUJOCO_IDS, available, make
+from eqgen.envs.catalog import GYMNAX_IDS, MUJOCO_IDS, available, make, own_families
 from eqgen.envs.maze import MAZES
 from eqgen.envs.mjx.tasks import TASKS
 from eqgen.envs.probes import PROBES, AbstractProbe
@@ -215,7 +215,8 @@ def test_names_are_unique_and_know_their_back_end():
     names = available()
     assert len(set(names)) == len(names)
     assert {name.partition("/")[0] for name in names} == {
-        *("gymnax", "mujoco", "mjx", "robotics", "maze2d", "toy", "probe")
+        *("gymnax", "mujoco", "mjx", "robotics", "maze2d", "toy", "probe"),
+        *own_families(),
     }
     mjx = {f"{task}-v{version}" for task, cls in TASKS.items() for version in cls.versions}
     assert {name.partition("/")[2] for name in names if name.startswith("mjx/")} == mjx

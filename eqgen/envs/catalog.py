@@ -1,10 +1,16 @@
 """Environments by name: `make("gymnax/Pendulum-v1")`, `make("mujoco/HalfCheetah-v5")`, `make("toy/ring")`.
 
-The part before the slash says what steps them; only that back-end is imported, and only when one is made.
+The part before the slash says what steps them; only that back-end is imported, and only when one is made. A module
+of your own in this folder, `cart.py` with `ENVIRONMENTS = {"default": Cart}`, is the family `cart/`.
 """
 
+import ast
 import difflib
+import importlib
+from pathlib import Path
 from typing import Any
+
+import eqgen.envs
 
 
 GYMNAX_IDS = (
@@ -71,6 +77,17 @@ TOY_NAMES = ("ring", "moons", "broad-sharp", "mixture")
 PROBE_NAMES = ("constant", "observation", "delayed", "action", "both", "truncation")
 
 
+def own_families() -> dict[str, tuple[str, ...]]:
+    """The keys of `ENVIRONMENTS` in the modules of this folder, by module; read, and nothing imported."""
+    found = {}
+    for path in sorted(path for folder in eqgen.envs.__path__ for path in Path(folder).glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            match node:
+                case ast.Assign(targets=[ast.Name("ENVIRONMENTS")], value=ast.Dict(keys=keys)):
+                    found[path.stem] = tuple(ast.literal_eval(key) for key in keys if key)
+    return found
+
+
 def available() -> tuple[str, ...]:
     """The names that are known to work. `make` also takes what was registered with gymnax or Gymnasium since,
     as `gymnax/<id>` and `gymnasium/<id>`, if it is continuous."""
@@ -82,6 +99,7 @@ def available() -> tuple[str, ...]:
         "maze2d": MAZE_NAMES,
         "toy": TOY_NAMES,
         "probe": PROBE_NAMES,
+        **own_families(),
     }
     return tuple(f"{family}/{name}" for family, names in families.items() for name in names)
 
@@ -126,6 +144,8 @@ def make(name: str) -> Any:
                 from eqgen.envs.host import HostEnv
 
                 return HostEnv(rest)
+            case _ if rest in own_families().get(family, ()):
+                return importlib.import_module(f"eqgen.envs.{family}").ENVIRONMENTS[rest]()
             case _:
                 raise ValueError(f"There is no environment {name!r}.")
     except ValueError as error:
