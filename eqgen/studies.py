@@ -149,7 +149,8 @@ def read_curve(path: Path, metric: str = "eval/return") -> tuple[np.ndarray, np.
 
 def largest_size(results: Path) -> Size:
     """The largest size of which a folder has result files; "cpu" if it has none at all."""
-    return next((size for size in ("paper", "cpu") if any(Path(results).glob(f"*-{size}_*.json"))), "cpu")
+    return "paper" if any(Path(results).glob("*-paper_*.json")) else "cpu"
+    return next((size for size in sizes if any(Path(results).glob(f"*-{size}_*.json"))), "cpu")
 
 
 def draw_curves(
@@ -221,8 +222,7 @@ def draw_ablation(groups: Mapping[str, Mapping[str, Path]], out: Path) -> list[P
         raise FileNotFoundError(f"There is no result to draw for {out}: make some with the run.py beside it.")
     with plotting.style():
         height = 0.14 * len(lines) + 0.7
-        size = dict(width=plotting.COLUMN_WIDTH, aspect=height / plotting.COLUMN_WIDTH)
-        fig, ax = plotting.subplots(**size)
+        fig, ax = plotting.subplots(width=plotting.COLUMN_WIDTH, aspect=height / plotting.COLUMN_WIDTH)
         measures = (
             (lambda r: r[:, -1], "last evaluation", "o"),
             (lambda r: r.mean(axis=1), "mean of all", "s"),
