@@ -150,7 +150,6 @@ def read_curve(path: Path, metric: str = "eval/return") -> tuple[np.ndarray, np.
 def largest_size(results: Path) -> Size:
     """The largest size of which a folder has result files; "cpu" if it has none at all."""
     return "paper" if any(Path(results).glob("*-paper_*.json")) else "cpu"
-    return next((size for size in sizes if any(Path(results).glob(f"*-{size}_*.json"))), "cpu")
 
 
 def draw_curves(
