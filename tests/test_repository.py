@@ -216,7 +216,7 @@ def test_readme_examples_run(capsys):
     assert (
         abs(mean - 3) < 0.06 and abs(std - 0.5) < 0.05
     )  # 2,000 numbers: four standard errors; 50 steps of DDIM
-    assert jnp.all(jnp.abs(session.action - 0.5) < 0.5) and session.path.shape == (200, 2)
+    assert jnp.all(jnp.abs(session.action - 0.5) < 0.5) and session.path.shape == (201, 2)
     # p_0 is nearly N(0.3, 0.1^2): the score of its noising points from 0 towards alpha times 0.3.
     assert jnp.all(session.estimate.score > 0)
     assert jnp.isfinite(session.loss) and session.batch["obs"].shape == (4, 3)
