@@ -252,7 +252,6 @@ class Life:
         }
         return hit | {
             "half_written": len(half_written(self.out) - before),
-            "begun": (self.out / "settings.json").exists(),
         }
 
     def _logged(self):
@@ -316,9 +315,7 @@ def campaign(
         data = shared / "maze2d-umaze.hdf5"
         subprocess.run(eqgen("data", "make", "maze2d-umaze", "--size", 3000, "--out", data), check=True)
     expected, seconds = whole(kind, shared)
-    found = dict.fromkeys(
-        ("signals", "half_written", "before_the_run", "runs", "equal", "lost", "damaged"), 0
-    )
+    found = dict.fromkeys(("signals", "half_written", "runs", "equal", "lost", "damaged"), 0)
     codes, number = {}, 0
     while found["signals"] < count:
         number += 1
@@ -329,7 +326,6 @@ def campaign(
                 break
             found["signals"] += 1
             found["half_written"] += bool(hit["half_written"])
-            found["before_the_run"] += not hit["begun"]
             found["damaged"] += hit["damaged"]
             key = f"{chosen.name}: {hit['code']}"
             codes[key] = codes.get(key, 0) + 1
@@ -392,6 +388,9 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["adaptive"]:
-        adaptive(Path(sys.argv[2]))
+        try:
+            adaptive(Path(sys.argv[2]))
+        except KeyboardInterrupt as interrupt:  # as the command line answers it
+            sys.exit(128 + getattr(interrupt, "signal", signal.SIGINT))
     else:
         main()

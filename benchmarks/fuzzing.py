@@ -517,7 +517,7 @@ ODD_TOML += [
     "9007199254740993",
     "[4294967296]",
 ]
-ODD_TOML += [str(list(range(2000))), '["paper"]', '"paper"']
+ODD_TOML += ["9" * 400, str(list(range(2000))), '["paper"]', '"paper"']
 
 
 def _make_sweep(folder):

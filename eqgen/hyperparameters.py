@@ -118,7 +118,7 @@ def _fits(value: Any, hint: Any) -> bool:
             return all(_fits(item, arguments[0]) for item in value)
         return len(value) == len(arguments) and all(map(_fits, value, arguments))
     if hint is float:
-        return type(value) in (float, int) and not math.isnan(value)
+        return not math.isnan(value) if type(value) is float else type(value) is int and abs(value) < 2**1023
     if hint in (bool, int, str, type(None)):
         return type(value) is hint
     if isinstance(hint, type) and issubclass(hint, eqx.Module):

@@ -184,15 +184,13 @@ def with_fields(module: Any, values: Mapping[str, Any]) -> Any:
         if name not in known:
             raise ExperimentError(f"{type(module).__name__} has no field {name!r}; it has {_list(known)}.")
         old = getattr(module, name)
-        if rest:
-            if not dataclasses.is_dataclass(old):
-                raise ExperimentError(
-                    f"{type(module).__name__}.{name} is {old!r}, which has no field {rest!r}."
-                )
-            new = with_fields(old, {rest: value})
-        else:
-            new = _as_type_of(old, value, f"{type(module).__name__}.{name}")
+        if rest and not dataclasses.is_dataclass(old):
+            raise ExperimentError(f"{type(module).__name__}.{name} is {old!r}, which has no field {rest!r}.")
         try:
+            if rest:
+                new = with_fields(old, {rest: value})
+            else:
+                new = _as_type_of(old, value, f"{type(module).__name__}.{name}")
             check_type(type(module), name, new)
             module = dataclasses.replace(module, **{name: new})
         except (TypeError, ValueError, ArithmeticError, LookupError, HyperparametersError) as error:
