@@ -113,7 +113,7 @@ def test_a_killed_sweep_leaves_no_workers(tmp_path):
     kind, out = faults.KINDS["sweep"], tmp_path / "out"
     life = faults.Life(kind, out, tmp_path, random.Random(0), 0.0)
     process = life.start()
-    while process.poll() is None and not list(out.glob("runs/*/metrics.jsonl")):
+    while process.poll() is None and not life._logged():
         time.sleep(0.01)
     workers = faults._children(process.pid)
     assert len(workers) == 2
