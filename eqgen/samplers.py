@@ -271,14 +271,17 @@ def annealed_langevin(
     if steps_per_level < 1:
         raise ValueError(f"steps_per_level must be at least 1, got {steps_per_level}.")
 
-    def step(x, inputs, key):
+    def step(x, inputs, z):
         level, eta = inputs
-        x = x + eta / 2 * score(x, level) + jnp.sqrt(eta) * jr.normal(key, x.shape, x.dtype)
+        x = x + eta / 2 * score(x, level) + jnp.sqrt(eta) * z
         return x if project is None else project(x)
 
     repeated = lambda leaf: jnp.repeat(leaf, steps_per_level, axis=0)
     inputs = jax.tree.map(repeated, (levels, step_sizes))
-    return _scan(step, x, inputs, jr.split(key, step_sizes.size * steps_per_level))
+    # All noise at once: it takes as much room as the path, and a step of a small chain less time.
+    keys = jr.split(key, step_sizes.size * steps_per_level)
+    noise = jax.vmap(lambda key: jr.normal(key, x.shape, x.dtype))(keys)
+    return _scan(step, x, inputs, noise)
 
 
 def mala(
