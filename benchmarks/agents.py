@@ -138,7 +138,7 @@ def main(names):
         line = " | ".join([cell("update"), ratio, cell("act 1"), cell("act 5")])
         width = f"{len(agent.hidden)}x{agent.hidden[0]}"
         print(f"| {name} | {width} | {line} | {costs['first update']['wall_s']} |", flush=True)
-    write("agents", results)
+        write("agents", results)
 
 
 if __name__ == "__main__":

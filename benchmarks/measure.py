@@ -125,7 +125,7 @@ def agent_costs(agent, obs: int, act: int) -> dict:
     first = {"cpu_s": round(cpu_seconds() - used, 2), "wall_s": round(time.perf_counter() - begun, 2)}
     two = lambda: update(update(state, data, jr.key(2)), data, jr.key(3))
     # DACER's estimate of the entropy comes once in thousands of updates.
-    rare = {"num_entropy_samples": 1} if hasattr(agent, "num_entropy_samples") else {}
+    rare = {"num_entropy_samples": agent.num_modes} if hasattr(agent, "num_entropy_samples") else {}
     counted = dataclasses.replace(agent, **rare)
     both = lambda state: counted.update(counted.update(state, data, key=jr.key(2))[0], data, key=jr.key(3))
     costs = {"first update": first, "update": timed(two, 20, calls=2)}
