@@ -51,7 +51,7 @@ def agents(here: Path) -> dict[str, Any]:
 
 def milliseconds_per_action(here: Path) -> str:
     found = agents(here)
-    if not found:
+    if not {f"{name}, paper" for name in ("SOM", "QSM", "DACER", "DIPO")} <= found.keys():
         return ""
     best = lambda name: found[name]["act 1"]["best_wall_ms"]
     shown = ["SOM", "QSM", "DACER", "DIPO"] + ["SOM, one candidate"] * ("SOM, one candidate, paper" in found)
@@ -61,10 +61,10 @@ def milliseconds_per_action(here: Path) -> str:
 
 
 def nclql_efficiency(here: Path) -> str:
-    found = agents(here)
-    if not found:
+    found, others = agents(here), ("SAC", "SOM", "QSM", "DACER", "DIPO", "SDAC", "DPMD")
+    if not {f"{name}, paper" for name in ("NC-LQL", *others)} <= found.keys():
         return ""
-    ours, others = found["NC-LQL, paper"], ("SAC", "SOM", "QSM", "DACER", "DIPO", "SDAC", "DPMD")
+    ours = found["NC-LQL, paper"]
     ratio = lambda of: ", ".join(f"{name} {of(found[f'{name}, paper']) / of(ours):.2f}" for name in others)
     parameters = ratio(lambda row: row["parameters"])
     return f"NC-LQL = 1: parameters {parameters}; an update {ratio(lambda row: row['update']['cpu_ms'])}"

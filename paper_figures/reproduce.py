@@ -185,7 +185,8 @@ def table(paper: str) -> str:
             status = "open"
         if status not in STATUSES:
             raise ValueError(f"{row['id']} has status {status!r}; it must be one of {', '.join(STATUSES)}.")
-        pictures = [f"[{Path(name).name}]({name}.png)" for name in row.get("figures", ())]
+        drawn = [name for name in row.get("figures", ()) if (HERE / f"{name}.png").exists()]
+        pictures = [f"[{Path(name).name}]({name}.png)" for name in drawn]
         shows = row["shows"] + (f": {', '.join(pictures)}" if pictures else "")
         command = f"`make reproduce PAPER={paper} ROWS={row['id']}`" if row.get("cpu") else ""
         ours = getattr(numbers_beside, row["ours"])(HERE) if "ours" in row else ""
