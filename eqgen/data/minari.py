@@ -241,7 +241,7 @@ def _arrow_episodes(folder: Path, count: int, keys) -> Iterator[dict[str, np.nda
 
 def _column(column) -> np.ndarray | dict[str, np.ndarray]:
     """A column as (rows, numbers); one of structures as a dictionary of its paths."""
-    import pyarrow
+    import pyarrow  # pyright: ignore[reportMissingImports]  # an extra
 
     array = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
     if pyarrow.types.is_struct(array.type):
