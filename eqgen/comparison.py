@@ -62,7 +62,8 @@ def _check_row(row: Row) -> None:
         final = row["final_return"]
         check(len(final) == len(seeds) and all(map(is_number, final)), f"final_return is {final!r}")
         for name in _NUMBERS:
-            check(is_number(row[name]), f"{name} is {row[name]!r}")
+            unknown = name == "update_mb" and row[name] is None  # where JAX cannot tell
+            check(unknown or is_number(row[name]), f"{name} is {row[name]!r}")
 
 
 _NUMBERS = ("random_return", "train_seconds", "compile_cpu_s", "parameters", "update_mb", "process_mb")

@@ -1,5 +1,6 @@
 """Benchmarks: a suite from end to end by the command, its table against arithmetic by hand, costs."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -341,10 +342,14 @@ class Still(AbstractAgent):
         return {"action_size": state["action_size"] + 1}, {"loss": jnp.mean(batch.reward)}
 
 
-def test_a_device_that_does_not_tell_its_memory_leaves_a_dash(monkeypatch, rows):
+def test_a_device_that_does_not_tell_its_memory_leaves_a_dash(monkeypatch, rows, tmp_path):
     """JAX then says None, which must not cost the row of a run that took hours."""
     assert agent_costs(Still(), (3,), 1, 8, repeats=1)["update_mb"] is not None
     monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)
     assert agent_costs(Still(), (3,), 1, 8, repeats=1)["update_mb"] is None
     dashes = lambda row: comparison.markdown([row], comparison.summarise([row])).count("| - ")
-    assert dashes(rows["sac"] | {"update_mb": None}) == dashes(rows["sac"]) + 1
+    row = rows["sac"] | {"update_mb": None}
+    assert dashes(row) == dashes(rows["sac"]) + 1
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "sac.json").write_text(json.dumps(row))
+    assert list(comparison.read_rows(tmp_path).values()) == [row]
