@@ -239,6 +239,7 @@ def draw_ablation(groups: Mapping[str, Mapping[str, Path]], out: Path) -> list[P
         ax.set_yticks(range(len(lines)), [label for _, label, _ in lines])
         ax.set(xlabel="evaluation return", ylim=(len(lines) - 0.4, -0.6))
         ax.grid(axis="y", visible=False)
+        ax.locator_params(axis="x", nbins=5, prune="both")  # a label at the end would stick out of the figure
         fig.legend(loc="outside upper center", ncols=2)
         return plotting.save(fig, out)
 
