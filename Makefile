@@ -24,7 +24,7 @@ NOT_BENCHED := benchmarks/measure.py benchmarks/check.py benchmarks/faults.py be
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test slow coverage lint notebooks figures bench check reproduce docs lab clean
+.PHONY: help setup demo test slow smoke coverage lint notebooks figures bench check reproduce docs lab clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -58,6 +58,10 @@ test: $(READY)  ## Run the tests
 
 slow: $(READY)  ## Run the tests that take minutes each
 	$(PYTEST) -m slow --optimize
+
+# Its own command, since one file's tests share one process in the suite, and this one's take a core each.
+smoke: $(READY)  ## Run the notebooks with small values (minutes)
+	$(PYTEST) --dist load -m slow tests/test_notebooks.py -k smoke_values
 
 coverage: $(READY)  ## Run the tests and list the lines that none of them runs
 	$(PYTEST) --cov=eqgen --cov-report=term-missing:skip-covered

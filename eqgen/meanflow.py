@@ -138,7 +138,7 @@ def sample_uniform_interval(
     continuous law draws: so of the intervals with `r < t` a share `endpoint_fraction` gets `r = 0` and,
     independently, as many get `t = 1` [I].
 
-    **Returns:** scalars `0 <= r <= t <= 1`.
+    **Returns:** scalars `0 <= r <= t <= 1`, up to rounding: a compiler may compute `t` once for each.
     """
     t_key, r_key, mix_key = jr.split(key, 3)
     t = jr.uniform(t_key, minval=t_min, maxval=t_max)

@@ -37,6 +37,7 @@ def parity():
 
 
 SMALL = ("InvertedPendulum-v5",)
+QUICK = ("InvertedPendulum", "Hopper", "Ant")
 ALL = [f"{name}-v{version}" for name, task in TASKS.items() for version in task.versions]
 
 
@@ -178,11 +179,14 @@ def test_a_task_of_ones_own(tmp_path):
     assert (env.action_dim, env.obs_shape, env.dt) == (1, (2,), pytest.approx(0.03))
 
 
-@pytest.mark.parametrize("task", TASKS.values())
-def test_shapes_are_those_of_gymnasium(task):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in TASKS]
+)
+def test_shapes_are_those_of_gymnasium(name):
+    task = TASKS[name]
     for version in task.versions:
         env = task(version=version)
-        host = make(f"mujoco/{task.__name__}-v{version}")
+        host = make(f"mujoco/{name}-v{version}")
         assert (env.obs_shape, env.action_dim, env.max_steps) == (
             host.obs_shape,
             host.action_dim,

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from eqgen.studies import run_study
@@ -28,6 +29,7 @@ def load(path: Path):
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_figure_is_drawn_from_committed_results(path, tmp_path):
     written = load(path).draw(out=tmp_path / "figure")
+    plt.close("all")
     assert {file.suffix for file in written} == {".pdf", ".png"}
     assert all(file.parent == tmp_path and file.stat().st_size > 2_000 for file in written)
 

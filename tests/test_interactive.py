@@ -22,6 +22,11 @@ def draw(height=1, *, shift=0.5):
     return fig
 
 
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    plt.close("all")
+
+
 @pytest.fixture
 def shown(monkeypatch):
     """What is displayed, as if a kernel ran this."""
