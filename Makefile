@@ -20,7 +20,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # They have commands of their own.
-NOT_BENCHED := benchmarks/measure.py benchmarks/check.py benchmarks/faults.py benchmarks/peers.py
+NOT_BENCHED := benchmarks/measure.py benchmarks/check.py benchmarks/faults.py benchmarks/peers.py benchmarks/race.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
