@@ -441,10 +441,10 @@ plt.show()
 # may turn back what the last began, and the ball drifts. To follow each plan for three times as long is no cure,
 # and to hold one draw for good is none either: what arrives then began nearby. *Zero* takes all balls the same
 # way, here mostly to the goal, because that is where all windows lead in the end. But nothing in $z=0$ knows of
-# value, and having arrived, it turns back with the data. *MCSS* draws the same noise as fresh, but the critic decides
-# between the ways, and decides alike each time: of the schemes that arrive from everywhere it is the quickest, and
-# it stays longest where the reward is, at the price of 16 decodings for one. Even there it wavers about the border,
-# since windows end where the reward begins and no plan says what to do beyond.
+# value, and having arrived, it turns back with the data. *MCSS* draws the same noise as fresh, but the critic
+# decides between the ways, and decides alike each time: of the schemes that arrive from everywhere it is the
+# quickest, and it stays longest where the reward is, at the price of 16 decodings for one. Even there it wavers
+# about the border, since windows end where the reward begins and no plan says what to do beyond.
 #
 # That choosing among plain samples can beat guidance of the sampler is the paper's finding [P]; here it is only
 # shown that some choice is needed. One seed, 32 episodes: a success rate near one half is known to about .09.
