@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+from PIL import Image
 
 from eqgen.studies import run_study
 
@@ -32,6 +34,11 @@ def test_figure_is_drawn_from_committed_results(path, tmp_path):
     plt.close("all")
     assert {file.suffix for file in written} == {".pdf", ".png"}
     assert all(file.parent == tmp_path and file.stat().st_size > 2_000 for file in written)
+    # The committed picture is of the committed results: not to the last pixel, which fonts decide.
+    (picture,) = (file for file in written if file.suffix == ".png")
+    committed = path.parent / f"{path.stem.removeprefix('fig_')}.png"
+    new, old = (np.asarray(Image.open(file).convert("RGB"), float) for file in (picture, committed))
+    assert new.shape == old.shape and np.mean(np.abs(new - old)) < 0.5, f"run: python {path}"
 
 
 @pytest.mark.slow
