@@ -69,10 +69,11 @@ class Run:
         taken = f"{path} already holds a run. Go on with `eqgen resume {path}`, or choose another folder."
         if (path / "settings.json").exists():
             raise RunError(taken)
-        # What a process leaves that was killed while it made a run is no run yet.
-        ours = {path / ".lock", *leftovers(path / "settings.json")}
-        if path.exists() and (not path.is_dir() or any(child not in ours for child in path.iterdir())):
-            raise RunError(f"{path} exists and is not empty. Choose another folder.")
+        # What a process leaves that was killed while it made a run is no run yet. Another may be making one now.
+        found = {path} if path.exists() and not path.is_dir() else set(path.glob("*"))
+        if found - {path / ".lock", *leftovers(path / "settings.json")}:
+            made = (path / "settings.json").exists()
+            raise RunError(taken if made else f"{path} exists and is not empty. Choose another folder.")
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, settings, keep)
         run._take_lock()

@@ -265,7 +265,7 @@ def test_figure_is_drawn(examples, tmp_path):
     figures = importlib.import_module("test_figures")
     folder = examples / "paper_figures" / "som"
     (folder / "results").symlink_to(ROOT / "paper_figures" / "som" / "results")
-    figures.test_figure_is_drawn_from_committed_results(folder / "fig_last_returns.py", tmp_path)
+    figures.drawn(folder / "fig_last_returns.py", tmp_path)
 
 
 # --- Clusters ---

@@ -28,16 +28,22 @@ def load(path: Path):
     return module
 
 
-@pytest.mark.parametrize("path", FIGURES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_figure_is_drawn_from_committed_results(path, tmp_path):
-    written = load(path).draw(out=tmp_path / "figure")
+def drawn(path: Path, folder: Path) -> Path:
+    """Draws the script's figure into the folder, as it should; returns the picture."""
+    written = load(path).draw(out=folder / "figure")
     plt.close("all")
     assert {file.suffix for file in written} == {".pdf", ".png"}
-    assert all(file.parent == tmp_path and file.stat().st_size > 2_000 for file in written)
-    # The committed picture is of the committed results: not to the last pixel, which fonts decide.
-    (picture,) = (file for file in written if file.suffix == ".png")
+    assert all(file.parent == folder and file.stat().st_size > 2_000 for file in written)
+    return folder / "figure.png"
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_figure_is_that_of_committed_results(path, tmp_path):
+    """Not to the last pixel, which fonts decide."""
     committed = path.parent / f"{path.stem.removeprefix('fig_')}.png"
-    new, old = (np.asarray(Image.open(file).convert("RGB"), float) for file in (picture, committed))
+    new, old = (
+        np.asarray(Image.open(file).convert("RGB"), float) for file in (drawn(path, tmp_path), committed)
+    )
     assert new.shape == old.shape and np.mean(np.abs(new - old)) < 0.5, f"run: python {path}"
 
 
