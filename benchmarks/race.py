@@ -8,9 +8,8 @@ Each race of so many minutes is a folder `benchmarks/results/race-<minutes>` wit
 seed, and their figure. A runner should have the machine for itself. Its clock is its run's: compilation, training,
 and the evaluations in between; the same command goes on where it was interrupted.
 
-All have the loop and the widths of the `cpu` size, one update for four steps. SOM is its cheap preset (32 samples
-of the critic for a score, few of them at its small steps), NC-LQL the mode that draws from the Boltzmann law, as
-in `paper_figures`.
+All have the loop and the widths of the `cpu` size, one update for four steps. SOM is `SOM.safe()`, 32 samples of
+the critic for a score, and NC-LQL the mode that draws from the Boltzmann law, as in `paper_figures`.
 """
 
 import argparse
@@ -53,12 +52,10 @@ LOOP = dataclasses.replace(
 def run(agent: str, seed: int, minutes: float, out: Path) -> None:
     """Trains until the clock of the run says `minutes`, from wherever it is, and writes its result file."""
     folder = Path("runs") / out.name / f"{agent}_seed{seed}"
-    begun = (folder / "settings.json").exists()
-    if begun:
-        before = Run.open(folder)
-        spent = before.metrics()[-1]["wall_time"] if before.checkpoints() else 0.0
-    else:
-        spent = 0.0
+    begun, spent = (folder / "settings.json").exists(), 0.0
+    if begun and (kept := Run.open(folder).checkpoints()):
+        saved = int(kept[0].stem.removeprefix("step_"))  # what came after it will be done again
+        spent = max(r["wall_time"] for r in Run.open(folder).metrics() if r["env_step"] <= saved)
     if spent >= 60 * minutes:
         return
     bell = threading.Timer(60 * minutes - spent, os.kill, (os.getpid(), signal.SIGTERM))

@@ -4,8 +4,8 @@
 
 The file is a zip of two: `policy.bin`, the compiled policy's StableHLO as `jax.export` serialises it, weights
 included, and `policy.json`, which says what goes in, what comes out, where it is from, and the SHA-256 of the
-other. Nothing of it is Python, and reading it runs no code. To act, JAX, flatbuffers and the standard library are
-enough:
+other. Nothing of it is Python, and reading it runs no code. To act, JAX, flatbuffers and the standard library
+are enough:
 
     import json, zipfile
     import jax, numpy as np

@@ -138,11 +138,13 @@ def sample_uniform_interval(
     continuous law draws: so of the intervals with `r < t` a share `endpoint_fraction` gets `r = 0` and,
     independently, as many get `t = 1` [I].
 
-    **Returns:** scalars `0 <= r <= t <= 1`, up to rounding: a compiler may compute `t` once for each.
+    **Returns:** scalars `0 <= r <= t <= 1`.
     """
     t_key, r_key, mix_key = jr.split(key, 3)
     t = jr.uniform(t_key, minval=t_min, maxval=t_max)
-    return _mix_interval(t * jr.uniform(r_key), t, flow_ratio, endpoint_fraction, mix_key)
+    # In order already; but of the operand of a sort there is one, which fused code might compute, and round, twice.
+    r, t = jnp.sort(jnp.stack([t * jr.uniform(r_key), t]))
+    return _mix_interval(r, t, flow_ratio, endpoint_fraction, mix_key)
 
 
 def sample_logit_normal_interval(

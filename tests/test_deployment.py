@@ -56,7 +56,7 @@ def test_exported_policy_acts_as_the_run_does(run, exported):
 
 def test_the_example_of_the_module_needs_no_eqgen(exported, tmp_path):
     """The lines of the docstring in an interpreter that cannot import eqgen."""
-    lines = re.search(r"are\s+enough:\n\n((?:    .*\n|\n)+)", deployment.__doc__)[1]
+    lines = re.search(r"are enough:\n\n((?:    .*\n|\n)+)", deployment.__doc__)[1]
     code = "import sys; sys.modules['eqgen'] = None\n" + re.sub("^    ", "", lines, flags=re.MULTILINE)
     code = (
         code.replace('"policy.zip"', repr(str(exported)))

@@ -407,7 +407,12 @@ def fault():
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
                 ("reward", "step", 45, "and a reward of seed 3 was NaN or infinite at environment step 50"),
-                ("observation", "step", 15, "An observation of seed 3 was NaN or infinite at environment"),
+                (
+                    "observation",
+                    "step",
+                    15,
+                    "An observation of seed 3 was NaN or infinite at environment step 20",
+                ),
                 ("raises", "reset", 44, "raised ZeroDivisionError as it was reset: the spring broke"),
             ]
         ),

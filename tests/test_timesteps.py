@@ -172,7 +172,7 @@ def test_bad_times_are_named():
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
 def test_draws_follow_the_law(law, times):
     sampler = StaticTimesteps(times, law)
-    run = eqx.filter_jit(lambda key: (sampler.sample(None, 20_000, key=key).t, sampler.probabilities(None)))
+    run = eqx.filter_jit(lambda key: (sampler.sample(None, 50_000, key=key).t, sampler.probabilities(None)))
     t, probabilities = run(jr.key(2))
     assert t.dtype == (jnp.int32 if isinstance(times, DiffusionChain) else jnp.float32)
     np.testing.assert_allclose(jnp.sum(probabilities), 1, rtol=1e-5)
