@@ -145,9 +145,9 @@ def run(name: str, seed: int, *, sweeps: bool = False, folder: Path = RUNS, resu
             runs / run_name, study.episodes, guidance=scheme(text), replan_every=replan_every, seed=seed
         )
         content["rows"][key] = row | {"provenance": provenance()}
-        content["runs"] = {
-            each: summary(runs / each) for each in ["planner", *learners] if (runs / each).exists()
-        }
+        content.setdefault("runs", {}).update(
+            {each: summary(runs / each) for each in ["planner", *learners] if (runs / each).exists()}
+        )
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
         (outcome,) = row["seeds"]
