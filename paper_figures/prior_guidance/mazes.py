@@ -6,8 +6,9 @@
 
 Per seed: a diffusion planner, Prior Guidance on it (the released code's settings, the corrected ones), the planner
 distilled into a MeanFlow planner, Prior Guidance on that. Each is judged by 100 episodes from the same first
-states. Run directories are made below `runs/prior_guidance`; what was interrupted goes on, and what is done is not
-done again.
+states. The planner of the umaze is 32 wide; so narrow a one did not learn the larger mazes, whose planners are 64.
+Run directories are made below `runs/prior_guidance`; what was interrupted goes on, and what is done is not done
+again.
 
 The seeds reported are 0 and up. Sizes and numbers of updates were tried on seed 100; weights of CG and CFG are
 defaults that nobody tuned.
@@ -48,20 +49,29 @@ class MazeStudy:
     updates: int = 6_000
     episodes: int = 100
     replan_every: int = 5
+    every_step: bool = True
+    """Whether schemes of one plan are also judged with a new one at every step."""
+    width: int | None = None
+    """Of every transformer; None: as the size has it."""
+
+    def wide(self, learner: Any, **fields: Any) -> Any:
+        """The learner at the study's size and width."""
+        fields |= {} if self.width is None else {"width": self.width}
+        return dataclasses.replace(learner.resized(self.size), **fields)
 
     @property
     def planner(self) -> DiffusionPlanner:
-        fields = dict(target_state="xy", conditional=True, classifier=True)
-        planner = dataclasses.replace(DiffusionPlanner().resized(self.size), **fields)
+        fields: dict[str, Any] = dict(target_state="xy", conditional=True, classifier=True)
+        planner = self.wide(DiffusionPlanner(), **fields)
         if self.size == "smoke":
             return planner
         return dataclasses.replace(planner, total_updates=self.updates, critic_updates=self.updates)
 
     def learners(self) -> dict[str, tuple[str, Any]]:
         """By name: the run that each is learned on, and the learner."""
-        prior = lambda **fields: dataclasses.replace(PriorGuidance(), **fields).resized(self.size)
+        prior = lambda **fields: self.wide(PriorGuidance(), **fields)
         corrected = dict(num_train_steps=None, squash=None)
-        flow = MeanFlowPlanner().resized(self.size)
+        flow = self.wide(MeanFlowPlanner())
         if self.size != "smoke":
             flow = dataclasses.replace(flow, total_updates=self.updates)
         found = {
@@ -74,10 +84,7 @@ class MazeStudy:
 
     def sweeps(self) -> dict[str, tuple[str, Any]]:
         """Priors with other weights alpha, another divergence, of other families."""
-        prior = lambda **fields: (
-            "planner",
-            dataclasses.replace(PriorGuidance(), **fields).resized(self.size),
-        )
+        prior = lambda **fields: ("planner", self.wide(PriorGuidance(), **fields))
         alphas = {f"pg-alpha-{alpha:g}": prior(divergence_weight=alpha) for alpha in ALPHAS}
         return alphas | {
             "pg-mixture": prior(family="mixture"),
@@ -93,7 +100,7 @@ class MazeStudy:
         single += [("meanflow", text) for text in ("unconditional", "zero")]
         many = [("planner", "mcss:50"), ("meanflow", "mcss:50")]
         rows = [(run, text, self.replan_every) for run, text in single]
-        rows += [(run, text, 1) for run, text in single]
+        rows += [(run, text, 1) for run, text in single if self.every_step]
         return rows + [(run, text, self.replan_every) for run, text in many]
 
     def sweep_rows(self) -> list[tuple[str, str, int]]:
@@ -105,8 +112,8 @@ class MazeStudy:
 
 STUDIES = {
     "umaze-cpu": MazeStudy("umaze"),
-    "medium-cpu": MazeStudy("medium", horizon=24, updates=10_000),
-    "large-cpu": MazeStudy("large", horizon=32, updates=15_000),
+    "medium-cpu": MazeStudy("medium", horizon=24, updates=8_000, width=64, replan_every=10, every_step=False),
+    "large-cpu": MazeStudy("large", horizon=32, updates=12_000, width=64, replan_every=10, every_step=False),
     "umaze-paper": MazeStudy("umaze", "paper", horizon=32, updates=1_000_000),
     "medium-paper": MazeStudy("medium", "paper", horizon=32, updates=1_000_000),
     "large-paper": MazeStudy("large", "paper", horizon=32, updates=1_000_000),
@@ -133,9 +140,13 @@ def run(name: str, seed: int, *, sweeps: bool = False, folder: Path = RUNS, resu
             trained(runs / run, planning.train_on_planner, learner, runs / below, loop, data=data)
 
     path = results / f"{name}_seed{seed}{'_sweeps' if sweeps else ''}.json"
-    content = (
-        json.loads(path.read_text()) if path.exists() else {"study": dataclasses.asdict(study), "rows": {}}
-    )
+    content = begun(path, study) | {"scale": dataclasses.asdict(d4rl.load(data).scale)}
+
+    def save() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+    save()
     for run_name, text, replan_every in study.sweep_rows() if sweeps else study.rows():
         key = f"{run_name} {text} {replan_every}"
         if key in content["rows"]:
@@ -145,16 +156,30 @@ def run(name: str, seed: int, *, sweeps: bool = False, folder: Path = RUNS, resu
             runs / run_name, study.episodes, guidance=scheme(text), replan_every=replan_every, seed=seed
         )
         content["rows"][key] = row | {"provenance": provenance()}
-        content.setdefault("runs", {}).update(
+        content["runs"].update(
             {each: summary(runs / each) for each in ["planner", *learners] if (runs / each).exists()}
         )
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        save()
         (outcome,) = row["seeds"]
         reached = [step for step in outcome["steps_to_goal"] if step]
         latched = sum(outcome["latched"]) / study.episodes
         print(f"{key}: {len(reached)} of {study.episodes} reach the goal, latched {latched:.1f}", flush=True)
     return path
+
+
+def begun(path: Path, study: MazeStudy) -> dict[str, Any]:
+    """What there is of the study's results.
+
+    **Raises:** `ValueError` when they are of other settings.
+    """
+    settings = dataclasses.asdict(study)
+    content = json.loads(path.read_text()) if path.exists() else {"rows": {}, "runs": {}}
+    for name, value in content.get("study", {}).items():
+        if settings[name] != value:
+            raise ValueError(
+                f"{path} is of {name}={value}, and the study has {settings[name]}: move it away."
+            )
+    return content | {"study": settings}
 
 
 def make_data(study: MazeStudy, folder: Path) -> Path:
