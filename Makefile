@@ -74,8 +74,8 @@ lint: $(READY)  ## Check style, formatting and types
 notebooks: $(READY)  ## Execute the notebooks again (ONLY=01: those whose name begins so)
 	$(BIN)/python notebooks/build.py $(ONLY)
 
-figures: $(READY)  ## Draw the figures of the papers from the committed results
-	@set -e; for script in paper_figures/*/fig*.py; do \
+figures: $(READY)  ## Draw the figures and tables of the papers from the committed results
+	@set -e; for script in paper_figures/*/fig_*.py paper_figures/*/table_*.py; do \
 	  test -e "$$script" || continue; echo "$$script"; $(BIN)/python "$$script"; done
 
 bench: $(READY)  ## Measure the cost of updates and actions

@@ -2,9 +2,10 @@
 
     python benchmarks/planning.py         measures, prints a table, writes benchmarks/results/planning.json
 
-For one observation and for 64 at once, at the `cpu` and the `paper` size (Maze2D: 32 states, four numbers each; at
-`cpu` 16 states, as in `paper_figures/prior_guidance`). Networks are untrained, which costs the same. The eager form
-is the same Python, operation by operation without a compiler (`jax.disable_jit`), measured in the same run.
+For one observation and for 64 at once, at the sizes of `paper_figures/prior_guidance` (`cpu`: 16 states of four
+numbers; `medium` and `large`: 24 and 32, and twice as wide) and at the `paper` size (32 states). Networks are
+untrained, which costs the same. The eager form is the same Python, operation by operation without a compiler
+(`jax.disable_jit`), measured in the same run.
 """
 
 import dataclasses
@@ -26,17 +27,24 @@ from eqgen.tree import compile_ahead
 from measure import gemm_gflops, timed, write
 
 
-HORIZON = {"cpu": 16, "paper": 32}
+SIZES = {
+    "cpu": ("cpu", 16, {}),
+    "medium": ("cpu", 24, {"width": 64}),
+    "large": ("cpu", 32, {"width": 64}),
+    "paper": ("paper", 32, {}),
+}
+"""By name: the preset, the horizon, and what differs from the preset."""
 BATCHES = (1, 64)
 
 
 def planners(size: str) -> dict[str, tuple]:
     """By name, planners and fresh states."""
-    horizon = HORIZON[size]
+    preset, horizon, fields = SIZES[size]
     example = Window(jnp.zeros((horizon, 4)), jnp.zeros((horizon, 2)), jnp.zeros(()), jnp.zeros(()))
-    planner = DiffusionPlanner(target_state="xy", conditional=True, classifier=True).resized(size)
-    flow = dataclasses.replace(MeanFlowPlanner().resized(size), teacher=planner)
-    prior = lambda below: dataclasses.replace(PriorGuidance().resized(size), planner=below)
+    sized = lambda learner, **given: dataclasses.replace(learner.resized(preset), **(fields | given))
+    planner = sized(DiffusionPlanner(target_state="xy", conditional=True, classifier=True))
+    flow = sized(MeanFlowPlanner(), teacher=planner)
+    prior = lambda below: sized(PriorGuidance(), planner=below)
     found = {"planner": planner, "pg": prior(planner), "meanflow": flow, "meanflow-pg": prior(flow)}
     init = eqx.filter_jit(lambda planner: planner.init(example, key=jr.key(0)))
     return {name: (each, init(each)) for name, each in found.items()}
@@ -70,7 +78,7 @@ def eager_ms(policy: PlannerPolicy, repeats: int = 3) -> float:
 
 def main() -> None:
     results, gflops, begun = {}, gemm_gflops(), provenance()
-    for size in HORIZON:
+    for size in SIZES:
         made = planners(size)
         for name, text in rows(size):
             policy, row = PlannerPolicy(*made[name], scheme(text)), {}

@@ -105,7 +105,6 @@ def nclql_bandit(here: Path) -> str:
 
 
 def pg_success(here: Path) -> str:
-    files = sorted((here / "prior_guidance" / "results").glob("umaze-cpu_seed?.json"))
     shown = {
         "pg-corrected prior": "PG corrected",
         "pg prior": "PG",
@@ -114,15 +113,19 @@ def pg_success(here: Path) -> str:
         "planner unconditional": "N(0, I)",
     }
 
-    def reached(path: Path, name: str) -> float:
-        row = load(path)["rows"][f"{name} 5"]
+    def reached(content: dict[str, Any], name: str) -> float:
+        row = content["rows"][f"{name} {content['study']['replan_every']}"]
         return np.mean([step is not None for result in row["seeds"] for step in result["steps_to_goal"]])
 
-    parts = [
-        f"{label} {' / '.join(f'{reached(path, name):.2f}' for path in files)}"
-        for name, label in shown.items()
-    ]
-    return f"umaze, success by seed: {', '.join(parts)}" if files else ""
+    mazes = []
+    for layout in ("umaze", "medium", "large"):
+        paths = sorted((here / "prior_guidance" / "results").glob(f"{layout}-cpu_seed?.json"))
+        parts = [
+            f"{label} {' / '.join(f'{reached(load(path), name):.2f}' for path in paths)}"
+            for name, label in shown.items()
+        ]
+        mazes += [f"{layout}, success by seed: {', '.join(parts)}"] if paths else []
+    return "; ".join(mazes)
 
 
 def pg_speed(here: Path) -> str:

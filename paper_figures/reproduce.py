@@ -107,8 +107,9 @@ def run_all(jobs: list[list[str]], folder: Path, workers: int) -> list[list[str]
 
 
 def draw(paper: str, folder: Path) -> None:
-    """Draws those figures of a paper for which there are results in the folder."""
-    for script in sorted((folder / "paper_figures" / paper).glob("fig_*.py")):
+    """Draws those figures, and writes those tables, of a paper for which there are results in the folder."""
+    scripts = (folder / "paper_figures" / paper).glob("*.py")
+    for script in sorted(path for path in scripts if path.name.startswith(("fig_", "table_"))):
         done = subprocess.run([sys.executable, str(script)], cwd=folder, capture_output=True, text=True)
         reason = (done.stderr.strip().splitlines() or [""])[-1]
         print(done.stdout.strip() if done.returncode == 0 else f"not drawn: {script.name}: {reason}")
@@ -138,9 +139,10 @@ def seconds(content: dict[str, Any]) -> float:
         return spent["wall"] if isinstance(spent, dict) else spent
     clocks = [record.get("wall_time", 0.0) for record in content.get("records", [])]
     runs = [
-        record.get("wall_time", 0.0) for run in content.get("runs", {}).values() for record in run["records"]
+        max((record.get("wall_time", 0.0) for record in run["records"]), default=0.0)
+        for run in content.get("runs", {}).values()
     ]
-    return max(clocks, default=0.0) + sum(runs[-1:])
+    return max(clocks, default=0.0) + sum(runs)
 
 
 def machine(session: dict[str, Any]) -> str:
@@ -187,6 +189,7 @@ def table(paper: str) -> str:
             raise ValueError(f"{row['id']} has status {status!r}; it must be one of {', '.join(STATUSES)}.")
         drawn = [name for name in row.get("figures", ()) if (HERE / f"{name}.png").exists()]
         pictures = [f"[{Path(name).name}]({name}.png)" for name in drawn]
+        pictures += [f"[{Path(name).name}, in numbers]({name}.md)" for name in row.get("tables", ())]
         shows = row["shows"] + (f": {', '.join(pictures)}" if pictures else "")
         command = f"`make reproduce PAPER={paper} ROWS={row['id']}`" if row.get("cpu") else ""
         ours = getattr(numbers_beside, row["ours"])(HERE) if "ours" in row else ""

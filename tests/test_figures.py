@@ -15,6 +15,7 @@ from eqgen.studies import run_study
 
 FOLDER = Path(__file__).resolve().parent.parent / "paper_figures"
 FIGURES = sorted(FOLDER.glob("*/fig*.py"))
+TABLES = sorted(FOLDER.glob("*/table_*.py"))
 EXPERIMENTS = [FOLDER / name / "run.py" for name in ("som", "nclql")]
 
 
@@ -45,6 +46,13 @@ def test_committed_figure_is_that_of_committed_results(path, tmp_path):
         np.asarray(Image.open(file).convert("RGB"), float) for file in (drawn(path, tmp_path), committed)
     )
     assert new.shape == old.shape and np.mean(np.abs(new - old)) < 0.5, f"run: python {path}"
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_table_is_that_of_committed_results(path, tmp_path):
+    (written,) = load(path).write(out=tmp_path / "table.md")
+    committed = path.parent / f"{path.stem.removeprefix('table_')}.md"
+    assert written.read_text() == committed.read_text(), f"run: python {path}"
 
 
 @pytest.mark.slow

@@ -37,13 +37,14 @@ def test_rows_name_what_there_is(reproduce):
     for paper, about in reproduce.PAPERS.items():
         ids = [row["id"] for row in about["rows"]]
         assert len(set(ids)) == len(ids), paper
-        known = "id shows smoke cpu paper results figures status note published ours".split()
+        known = "id shows smoke cpu paper results figures tables status note published ours".split()
         for row in about["rows"]:
             assert row.keys() <= set(known), row["id"]
             assert {"shows", "results", "note"} <= row.keys(), row["id"]
             for figure in row.get("figures", ()):
                 if reproduce.last_run(row)[1]:
                     assert (FOLDER / f"{figure}.png").exists(), (row["id"], figure)
+            assert all((FOLDER / f"{table}.md").exists() for table in row.get("tables", ())), row["id"]
 
 
 def test_every_figure_and_every_result_has_a_row(reproduce):

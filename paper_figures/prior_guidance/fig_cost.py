@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from fig_schemes import SCHEMES, outcomes
+from fig_schemes import SCHEMES, outcomes, studies
 
 from eqgen import plotting
 
@@ -23,18 +23,18 @@ TIMED = {
     "planner cfg": ("planner cfg:1.2:1.0",),
     "planner cg": ("planner cg:0.1",),
     "planner mcss:50": ("planner mcss:50",),
-    "pg prior": ("pg prior", "pg-corrected prior", "pg-corrected prior-sampled"),
+    "pg prior": ("pg prior", "pg prior-sampled", "pg-corrected prior", "pg-corrected prior-sampled"),
     "meanflow unconditional": ("meanflow unconditional", "meanflow zero"),
     "meanflow-pg prior": ("meanflow-pg prior", "meanflow-pg prior-sampled"),
     "meanflow mcss:50": ("meanflow mcss:50",),
 }
-MARKERS = {0: "os^vDP", 1: "os^", 2: "os^vD"}
+MARKERS = {0: "os^vDP", 1: "os^v", 2: "os^vD"}
 """For each colour: planners, priors, MeanFlow."""
 
 
 def draw(results: Path = HERE / "results", times: Path = TIMES, out: Path = HERE / "cost") -> list[Path]:
     """Writes the figure as PDF and PNG."""
-    seeds = [outcomes(path) for path in sorted(results.glob("umaze-cpu_seed?.json"))]
+    seeds = [outcomes(study) for study in studies("umaze", results)]
     if not seeds:
         raise FileNotFoundError("There is no result to draw: make some with mazes.py.")
     rows = json.loads(times.read_text())["rows"]
@@ -46,7 +46,7 @@ def draw(results: Path = HERE / "results", times: Path = TIMES, out: Path = HERE
             color = plotting.COLORS[group]
             for name in names:
                 marker = next(unused[group])
-                success = np.array([seed[f"{name} 5"][0] for seed in seeds])
+                success = np.array([seed[name]["success"] for seed in seeds])
                 mean = success.mean()
                 error = np.array([[mean - success.min()], [success.max() - mean]])
                 ms = rows[f"cpu: {timed}"]["1"]["best_wall_ms"]

@@ -1,18 +1,21 @@
-"""Ways to get plans out of one diffusion planner in a maze: success, return, and steps to the goal.
+"""Ways to get plans out of one diffusion planner in three mazes: success, and return.
 
     python paper_figures/prior_guidance/fig_schemes.py
 
 Small dots are seeds (a planner and all that is learned on it, 100 episodes each), large ones their mean. The
-return is latched: once the goal is reached, every step that follows counts, as in Prior Guidance's code. A plan is
-followed for five steps. From `results/umaze-cpu_seed*.json`.
+return is latched: once the goal is reached, every step that follows counts, as in Prior Guidance's code; it is
+shown as a share of the steps an episode has. A plan is followed for so many steps as each maze's study says. From
+`results/*-cpu_seed*.json`; the numbers are in `schemes.md`.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from eqgen import plotting
+from eqgen.envs.maze import MAZES
 
 
 HERE = Path(__file__).parent
@@ -33,45 +36,60 @@ SCHEMES = {
     "meanflow-pg prior": "MeanFlow, PG, mean",
     "meanflow-pg prior-sampled": "MeanFlow, PG, sampled",
 }
-REPLAN_EVERY = 5
+LAYOUTS = ("umaze", "medium", "large")
 
 
-def outcomes(path: Path) -> dict[str, tuple[float, float, float]]:
-    """Success, latched return and mean steps to the goal of each row of a result file."""
+def studies(layout: str, results: Path = HERE / "results") -> list[dict[str, Any]]:
+    """The result files of a maze, one per seed, as they are."""
+    return [json.loads(path.read_text()) for path in sorted(results.glob(f"{layout}-cpu_seed?.json"))]
+
+
+def outcomes(study: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By scheme, of one seed's episodes with plans followed as the study says: success, the mean of the steps to
+    the goal where it was reached, and the mean return and latched return."""
     found = {}
-    for key, row in json.loads(path.read_text())["rows"].items():
-        for result in row["seeds"]:
-            steps = [step for step in result["steps_to_goal"] if step is not None]
-            success = len(steps) / row["episodes"]
-            found[key] = (
-                success,
-                float(np.mean(result["latched"])),
-                float(np.mean(steps)) if steps else np.nan,
-            )
+    for name in SCHEMES:
+        row = study["rows"].get(f"{name} {study['study']['replan_every']}")
+        if row is None:
+            continue
+        (result,) = row["seeds"]
+        steps = [step for step in result["steps_to_goal"] if step is not None]
+        found[name] = dict(
+            success=len(steps) / row["episodes"],
+            steps=float(np.mean(steps)) if steps else np.nan,
+            returns=float(np.mean(result["returns"])),
+            latched=float(np.mean(result["latched"])),
+        )
     return found
 
 
 def draw(results: Path = HERE / "results", out: Path = HERE / "schemes") -> list[Path]:
     """Writes the figure as PDF and PNG."""
-    seeds = [outcomes(path) for path in sorted(results.glob("umaze-cpu_seed?.json"))]
+    seeds = {layout: [outcomes(study) for study in studies(layout, results)] for layout in LAYOUTS}
+    seeds = {layout: found for layout, found in seeds.items() if found}
     if not seeds:
         raise FileNotFoundError("There is no result to draw: make some with mazes.py.")
-    rows = [name for name in SCHEMES if any(f"{name} {REPLAN_EVERY}" in seed for seed in seeds)]
     with plotting.style():
-        fig, axes = plotting.subplots(1, 3, width=plotting.TEXT_WIDTH, aspect=1.15, sharey=True)
-        for number, name in enumerate(rows):
-            values = np.array([s[f"{name} {REPLAN_EVERY}"] for s in seeds if f"{name} {REPLAN_EVERY}" in s])
-            color = plotting.COLORS[0 if name.startswith("planner") else 1 if name.startswith("pg") else 2]
-            for ax, column in zip(axes, values.T):
-                ax.plot(column, np.full(len(column), number), "o", color=color, markersize=2.5, alpha=0.5)
-                ax.plot(np.nanmean(column), number, "o", color=color, markersize=5)
-        axes[0].set_yticks(range(len(rows)), [SCHEMES[name] for name in rows])
-        axes[0].invert_yaxis()
-        axes[0].set(xlabel="success", xlim=(-0.03, 1.03))
-        axes[1].set(xlabel="latched return", xlim=(0, 300))
-        axes[2].set(xlabel="steps to the goal", xlim=(0, None))
-        for ax in axes:
+        shape = dict(width=plotting.TEXT_WIDTH, aspect=1.15, sharey=True, sharex=True, squeeze=False)
+        fig, axes = plotting.subplots(2, len(seeds), **shape)
+        for column, (layout, found) in zip(axes.T, seeds.items()):
+            limit = MAZES[layout]().max_steps
+            for number, name in enumerate(SCHEMES):
+                rows = [seed[name] for seed in found if name in seed]
+                color = plotting.COLORS[
+                    0 if name.startswith("planner") else 1 if name.startswith("pg") else 2
+                ]
+                shares = ([r["success"] for r in rows], [r["latched"] / limit for r in rows])
+                for ax, values in zip(column, shares if rows else ()):
+                    ax.plot(values, np.full(len(values), number), "o", color=color, markersize=2.5, alpha=0.5)
+                    ax.plot(np.mean(values), number, "o", color=color, markersize=5)
+            column[0].set(title=layout, xlabel="success", xlim=(-0.03, 1.03))
+            column[1].set(xlabel="latched return / steps")
+        for ax in axes.flat:
             ax.grid(axis="y", linewidth=0.4, alpha=0.4)
+            ax.tick_params(labelbottom=True)
+        axes[0, 0].set_yticks(range(len(SCHEMES)), list(SCHEMES.values()))
+        axes[0, 0].invert_yaxis()
         return plotting.save(fig, out)
 
 
