@@ -93,15 +93,20 @@ class MazeStudy:
         }
 
     def rows(self) -> list[tuple[str, str, int]]:
-        """(run, scheme, replan_every) of every evaluation, the cheap ones first."""
-        priors = [run for run in self.learners() if run != "meanflow"]
-        single = [(run, text) for run in priors for text in ("prior", "prior-sampled")]
-        single += [("planner", text) for text in ("unconditional", "held", "zero", "cfg:1.2:1.0", "cg:0.1")]
-        single += [("meanflow", text) for text in ("unconditional", "zero")]
-        many = [("planner", "mcss:50"), ("meanflow", "mcss:50")]
-        rows = [(run, text, self.replan_every) for run, text in single]
-        rows += [(run, text, 1) for run, text in single if self.every_step]
-        return rows + [(run, text, self.replan_every) for run, text in many]
+        """(run, scheme, replan_every) of every evaluation, in the order in which runs are trained."""
+        priors = lambda *runs: [(run, text) for run in runs for text in ("prior", "prior-sampled")]
+        single = [("planner", text) for text in ("unconditional", "held", "zero", "cfg:1.2:1.0", "cg:0.1")]
+        flows = [("meanflow", text) for text in ("unconditional", "zero")]
+        rows = [
+            *single,
+            *priors("pg", "pg-corrected"),
+            ("planner", "mcss:50"),
+            *flows,
+            *priors("meanflow-pg"),
+            ("meanflow", "mcss:50"),
+        ]
+        every_step = [row for row in rows if "mcss" not in row[1]] if self.every_step else []
+        return [(run, text, self.replan_every) for run, text in rows] + [(*row, 1) for row in every_step]
 
     def sweep_rows(self) -> list[tuple[str, str, int]]:
         """The same of the sweeps."""
