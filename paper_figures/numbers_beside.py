@@ -113,15 +113,17 @@ def pg_success(here: Path) -> str:
         "planner unconditional": "N(0, I)",
     }
 
-    def reached(content: dict[str, Any], name: str) -> float:
-        row = content["rows"][f"{name} {content['study']['replan_every']}"]
-        return np.mean([step is not None for result in row["seeds"] for step in result["steps_to_goal"]])
+    def reached(content: dict[str, Any], name: str) -> str:
+        row = content["rows"].get(f"{name} {content['study']['replan_every']}")
+        if row is None:
+            return "-"
+        return f"{np.mean([step is not None for each in row['seeds'] for step in each['steps_to_goal']]):.2f}"
 
     mazes = []
     for layout in ("umaze", "medium", "large"):
         paths = sorted((here / "prior_guidance" / "results").glob(f"{layout}-cpu_seed?.json"))
         parts = [
-            f"{label} {' / '.join(f'{reached(load(path), name):.2f}' for path in paths)}"
+            f"{label} {' / '.join(reached(load(path), name) for path in paths)}"
             for name, label in shown.items()
         ]
         mazes += [f"{layout}, success by seed: {', '.join(parts)}"] if paths else []

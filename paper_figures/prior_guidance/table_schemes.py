@@ -2,10 +2,10 @@
 
     python paper_figures/prior_guidance/table_schemes.py
 
-Means over seeds (100 episodes each) and, in brackets, the least and the largest of a seed. Scores are on eqgen's
-own scale of each maze, which its result files carry (0: uniform actions, 100: the waypoint controller that made the
-set), and not D4RL's. Milliseconds of one decision for one observation at the planner's size are from
-`benchmarks/results/planning.json`.
+Means over seeds (100 episodes each) and, where there are more than one, in brackets the least and the largest.
+Scores are on eqgen's own scale of each maze, which its result files carry (0: uniform actions, 100: the waypoint
+controller that made the set), and not D4RL's. Milliseconds of one decision for one observation at the planner's
+size are from `benchmarks/results/planning.json`; "-" is not measured.
 """
 
 import json
@@ -29,7 +29,7 @@ def spread(values: Sequence[float], digits: int) -> str:
     if not np.isfinite(values).any():
         return "-"
     numbers = [f"{function(values):.{digits}f}" for function in (np.nanmean, np.nanmin, np.nanmax)]
-    return "{} ({} to {})".format(*numbers)
+    return "{} ({} to {})".format(*numbers) if len(values) > 1 else numbers[0]
 
 
 def lines(layout: str, results: Path, times: Path) -> list[str]:
@@ -39,7 +39,9 @@ def lines(layout: str, results: Path, times: Path) -> list[str]:
         return []
     seeds = [outcomes(study) for study in files]
     scales = [Scale(**study["scale"]) for study in files]
-    timed = json.loads(times.read_text())["rows"]
+    size = f"{TIMED_AT[layout]}: "
+    timed = json.loads(times.read_text())["rows"].items()
+    times_of = {name.removeprefix(size): row for name, row in timed if name.startswith(size)}
     found = []
     for name, label in SCHEMES.items():
         rows = [(seed[name], scale) for seed, scale in zip(seeds, scales) if name in seed]
@@ -53,7 +55,7 @@ def lines(layout: str, results: Path, times: Path) -> list[str]:
             spread([row["steps"] for row, _ in rows], 0),
             spread([float(scale.score(row["returns"])) for row, scale in rows], 0),
             spread([float(scale.score(row["latched"])) for row, scale in rows], 0),
-            f"{timed[f'{TIMED_AT[layout]}: {row}']['1']['best_wall_ms']:.3g}",
+            f"{times_of[row]['1']['best_wall_ms']:.3g}" if row in times_of else "-",
         )
         found.append(f"| {' | '.join(cells)} |")
     return found
